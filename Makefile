@@ -1,0 +1,54 @@
+# make train: set up once, then train a small model on real text.  make test: set up once, then test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: setup train test test-unit test-dist test-e2e lint format wheel clean
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $(PYTHON) must be Python 3.11 or newer; try make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "make: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@echo "setting up $(VENV) (2 to 3 minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+train: $(READY)
+	$(BIN)/kalmagrove train experiment=quickstart $(ARGS)
+
+# Speed of the tests: unit tests share the cores, tests that start processes of their own run alone.
+test: lint
+	$(BIN)/coverage erase
+	$(BIN)/python -m pytest tests/unit tests/kernels -n 2 --cov --cov-report= $(ARGS)
+	$(BIN)/python -m pytest tests/dist tests/e2e tests/golden tests/gpu --cov --cov-append --cov-report=term:skip-covered $(ARGS)
+
+test-unit: $(READY)
+	$(BIN)/python -m pytest tests/unit tests/kernels -n 2 $(ARGS)
+
+test-dist: $(READY)
+	$(BIN)/python -m pytest tests/dist $(ARGS)
+
+test-e2e: $(READY)
+	$(BIN)/python -m pytest tests/e2e tests/golden $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(READY)
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .coverage* .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,3 @@
+"""KalmaGrove: distributed training of language models made of Kolmogorov-Arnold blocks."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,53 @@
+"""The command line: `kalmagrove VERB [key=value ...]`, one small module a verb.
+
+A verb composes its configuration with Hydra, validates it, and only then imports torch. Known
+failures are one line on stderr and an exit code: 2 configuration, 3 numbers not finite, 75 stopped
+and resumable, 1 anything else.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from kalmagrove import __version__
+from kalmagrove.config import KalmaGroveError
+
+VERBS = {
+    "train": "train a model, from scratch or from where it stopped",
+    "prepare": "turn text into tokens on disk",
+    "generate": "write text with a trained model",
+}
+
+USAGE = """kalmagrove: train language models made of Kolmogorov-Arnold blocks
+
+usage: kalmagrove VERB [key=value ...] [--help]
+
+{verbs}
+
+example: kalmagrove train model=kan_nano data=stdlib steps=300 launch.nproc=2
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE.format(verbs="\n".join(f"  {v:10}{text}" for v, text in VERBS.items())))
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        print(f"kalmagrove {__version__}")
+        return 0
+    verb, rest = args[0], args[1:]
+    if verb not in VERBS:
+        print(f"kalmagrove: {verb} is not a verb; use {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        return int(importlib.import_module(f"kalmagrove.cli.{verb}").main(rest) or 0)
+    except KalmaGroveError as error:
+        print(f"kalmagrove: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("kalmagrove: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0

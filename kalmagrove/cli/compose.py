@@ -1,0 +1,129 @@
+"""Hydra, and nothing else: from command-line words to a plain dictionary.
+
+The only home of hydra and omegaconf. `--help`, `--cfg`, `--info` and sweeps (`-m`) are Hydra's own;
+everything is composed once beforehand so that a mistake is one line and exit code 2.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import kalmagrove
+from kalmagrove.config import ConfigError, KalmaGroveError
+
+HYDRA_VERSION_BASE = "1.3"
+
+
+def conf_dir() -> Path:
+    """The configuration folder: inside the installed package, or beside it in the repository."""
+    package = Path(kalmagrove.__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def compose_tree(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose `conf/<config_name>.yaml` with Hydra overrides.
+
+    Raises:
+        ConfigError: for an unknown key or option, or a word that is not an override.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION_BASE):
+            cfg = compose(config_name, list(overrides))
+            return to_tree(cfg)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _one_line(error, overrides) from None
+
+
+def to_tree(cfg: DictConfig) -> dict[str, Any]:
+    """A composed configuration as a plain dictionary, interpolations resolved."""
+    tree = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items() if key != "experiment"}
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A saved `config.yaml` as a plain dictionary.
+
+    Raises:
+        ConfigError: if the file is missing or is not YAML.
+    """
+    try:
+        return to_tree(OmegaConf.load(path))  # type: ignore[arg-type]
+    except (OSError, AssertionError) as error:
+        raise ConfigError("--config", path, f"cannot be read ({error})") from None
+    except Exception as error:  # yaml's own errors, which OmegaConf passes through
+        raise ConfigError("--config", path, f"is not YAML ({error})".replace("\n", " ")) from None
+
+
+def to_yaml(tree: dict[str, Any]) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def hydra_app(
+    config_name: str, argv: Sequence[str], task: Callable[[dict[str, Any], bool], int]
+) -> int:
+    """Run `task(tree, in_sweep)` as a Hydra application; returns its exit code."""
+    flags = [word for word in argv if word.startswith("-")]
+    if not flags:
+        return task(compose_tree(config_name, argv), False)
+    sweep = bool({"-m", "--multirun"} & set(flags))
+    if not sweep:
+        compose_tree(config_name, _overrides(argv))
+    code = 0
+
+    @hydra.main(str(conf_dir()), config_name, version_base=HYDRA_VERSION_BASE)
+    def app(cfg: DictConfig) -> None:
+        nonlocal code
+        try:
+            code = max(code, task(to_tree(cfg), HydraConfig.get().mode.name == "MULTIRUN"))
+        except KalmaGroveError as error:
+            print(f"kalmagrove: {error}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
+
+    program, sys.argv = sys.argv, [f"kalmagrove {config_name}", *argv]
+    try:
+        app()
+    finally:
+        sys.argv = program
+    return code
+
+
+def _overrides(argv: Sequence[str]) -> list[str]:
+    """The words that are overrides: not flags, and not the value of `--cfg` and the like."""
+    takes_value = {"--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-dir", "-cd"}
+    pairs = zip(["", *argv], argv, strict=False)
+    return [word for last, word in pairs if not word.startswith("-") and last not in takes_value]
+
+
+def _one_line(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[0] if lines else type(error).__name__
+    if "Could not find" in message and "Available options" in str(error):
+        start = next(i for i, line in enumerate(lines) if line.startswith("Available options"))
+        end = next(
+            (i for i, line in enumerate(lines) if line.startswith("Config search path")), len(lines)
+        )
+        group = message.split("'")[-2].rpartition("/")
+        return ConfigError(
+            group[0], group[2], "is not an option", f"try {', '.join(lines[start + 1 : end])}"
+        )
+    for word in overrides:
+        key, _, value = word.lstrip("+~").partition("=")
+        if key and key in message:
+            rule = "is not a known key"
+            return ConfigError(key, value, rule, f"`kalmagrove train --cfg job` lists all ({message})")
+    for word in overrides:
+        if "=" not in word:
+            return ConfigError("argument", repr(word), "is not of the form key=value")
+    return ConfigError("overrides", " ".join(overrides), f"cannot be composed: {message}")

@@ -1,0 +1,48 @@
+"""Errors a user can mend: one line that names the key, the value, the rule and the remedy.
+
+Every other package raises these; `kalmagrove.cli` prints them and leaves with the exit code they carry.
+"""
+
+
+class KalmaGroveError(Exception):
+    """A failure with a known cause; printed as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(KalmaGroveError):
+    """A setting that cannot work.
+
+    >>> str(ConfigError("model.ffn.kan.top_k", 200, "must be at most edges=104", "try 8"))
+    'model.ffn.kan.top_k=200 must be at most edges=104; try 8'
+    """
+
+    exit_code = 2
+
+    def __init__(self, key: str, value: object, rule: str, remedy: str = "") -> None:
+        self.key, self.value, self.rule, self.remedy = key, value, rule, remedy
+        shown = "null" if value is None else value
+        super().__init__(f"{key}={shown} {rule}" + (f"; {remedy}" if remedy else ""))
+
+
+class DataError(KalmaGroveError):
+    """Data that cannot be read, or a token cache that is damaged."""
+
+
+class CheckpointError(KalmaGroveError):
+    """A checkpoint that cannot be written, or must not be loaded."""
+
+
+class NonFiniteError(KalmaGroveError):
+    """Too many steps in a row gave a loss or gradient that is not finite."""
+
+    exit_code = 3
+
+
+class Interrupted(KalmaGroveError):
+    """The run was asked to stop; its state is saved and the same command continues it.
+
+    75 is EX_TEMPFAIL of sysexits.h: try again.
+    """
+
+    exit_code = 75

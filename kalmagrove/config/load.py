@@ -1,0 +1,68 @@
+"""From a composed configuration to a validated `Run`: the only way to get one."""
+
+import difflib
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from kalmagrove.config.base import Section
+from kalmagrove.config.errors import ConfigError
+from kalmagrove.config.run import Run
+
+
+S = TypeVar("S", bound=Section)
+
+
+def load(tree: dict[str, Any]) -> Run:
+    """Validate a plain dictionary (`OmegaConf.to_container(cfg, resolve=True)`).
+
+    Raises:
+        ConfigError: naming the first key that is unknown, of the wrong type or in conflict.
+    """
+    return validate(Run, tree)
+
+
+def validate(schema: type[S], tree: dict[str, Any]) -> S:
+    """Validate `tree` against `schema`, with one-line errors."""
+    try:
+        return schema.model_validate(_tuples(tree))
+    except ValidationError as error:
+        raise _explain(error, schema) from None
+
+
+def _tuples(node: Any) -> Any:
+    """Lists become tuples, all the way down: a frozen run holds no list."""
+    if isinstance(node, dict):
+        return {key: _tuples(value) for key, value in node.items()}
+    return tuple(_tuples(item) for item in node) if isinstance(node, list) else node
+
+
+def _explain(error: ValidationError, schema: type[BaseModel]) -> ConfigError:
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    value = first.get("input")
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(schema, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return ConfigError(key, _short(value), "is not a known key", remedy)
+    if first["type"] == "missing":
+        return ConfigError(key, None, "is required", f"set {key}=VALUE")
+    message = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return ConfigError(key, _short(value), message, "see the comments in conf/ for its meaning")
+
+
+def _fields_at(schema: type[BaseModel], path: list[str]) -> list[str]:
+    here: Any = schema
+    for part in path:
+        field = here.model_fields.get(part)
+        here = field.annotation if field else None
+        if not (isinstance(here, type) and issubclass(here, BaseModel)):
+            return []
+    return list(here.model_fields)
+
+
+def _short(value: object) -> object:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,250 @@
+"""The run: every section together, the rules that join them, and what follows from them."""
+
+import hashlib
+import json
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from kalmagrove.config.base import Section
+from kalmagrove.config.data import Data
+from kalmagrove.config.errors import ConfigError
+from kalmagrove.config.model import Model
+
+
+class Batch(Section):
+    """`tokens` a step over all ranks; `micro` sequences a rank holds at once. The rest is accumulated."""
+
+    tokens: PositiveInt
+    micro: PositiveInt
+
+
+class Parallel(Section):
+    """Sizes of the tensor- and expert-parallel groups; data parallelism takes the remaining ranks."""
+
+    tp: PositiveInt = 1
+    ep: PositiveInt = 1
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO (arXiv:1910.02054): 1 shards optimizer states, 2 gradients, 3 parameters."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    bucket: PositiveInt = 50_000_000  # elements of a communication bucket
+    overlap_comm: bool = False
+
+
+class Optim(Section):
+    """AdamW, Muon (matrices; AdamW for the rest) or SGD (tests)."""
+
+    kind: Literal["adamw", "muon", "sgd"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.1, ge=0)
+    decay_splines: bool = False  # also on edge-function coefficients
+    momentum: float = Field(0.95, ge=0, lt=1)  # muon, sgd
+    muon_lr: PositiveFloat = 0.02  # muon: of the matrices; `lr` serves the rest
+    clip: float = Field(1.0, ge=0)  # global gradient norm; 0: off
+
+
+class Schedule(Section):
+    """Linear warm-up, then cosine to `final`, or warmup-stable-decay (linear over the last `decay` part)."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: NonNegativeInt = 0  # steps
+    decay: float = Field(0.2, gt=0, le=1)  # wsd: part of the run
+    final: float = Field(0.1, ge=0, le=1)  # of the peak rate
+
+
+class Engine(Section):
+    """How a step is computed."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPU, fp32 on CPU
+    activation_checkpointing: bool = False
+    compile: bool = False
+    max_nonfinite: PositiveInt = 5  # skipped steps in a row before the run stops
+    threads: PositiveInt | None = None  # CPU threads a process; null: cores / local processes
+
+
+class Checkpoint(Section):
+    """Saved every `every` steps, at the end and on SIGINT/SIGTERM; the newest `keep` stay."""
+
+    every: PositiveInt = 100
+    keep: PositiveInt = 2
+    resume: str = "auto"  # auto | never | a checkpoint's or run's folder
+
+
+class Eval(Section):
+    every: PositiveInt = 100  # steps
+    micro: PositiveInt = 8  # sequences a rank evaluates at once
+    max_tokens: PositiveInt | None = None  # of the held-out split; null: all of it
+
+
+class Sample(Section):
+    """Text generated at the end of a run."""
+
+    prompts: tuple[str, ...] = ("",)
+    max_new_tokens: NonNegativeInt = 120
+    temperature: float = Field(0.8, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    seed: int = 0
+
+
+class Track(Section):
+    every: PositiveInt = 10  # steps between ledger and console lines
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "kalmagrove"
+    entity: str | None = None
+    console: Literal["auto", "live", "plain", "off"] = "auto"
+
+
+class Price(Section):
+    """Dollars an hour, null when unknown: an unknown price is never zero."""
+
+    name: str
+    usd_per_gpu_hour: float | None = Field(None, ge=0)
+    usd_per_core_hour: float | None = Field(None, ge=0)
+    basis: str  # where the figure is from, and its date
+    peak_tflops: PositiveFloat | None = None  # of one device, dense bf16: for model-FLOPs utilisation
+
+
+class Launch(Section):
+    """`kalmagrove train` starts `nproc` processes through the DeepSpeed launcher, unless a launcher
+    started it. auto: one a GPU; without a GPU `cpu_nproc`."""
+
+    nproc: PositiveInt | Literal["auto"] = 1
+    cpu_nproc: PositiveInt = 2
+    port: PositiveInt | None = None  # null: a free one
+    timeout: PositiveInt = 1800  # seconds a collective may wait
+
+
+class Run(Section):
+    """A validated run. Built by `kalmagrove.config.load`."""
+
+    name: str | None = None  # folder under `dir`; null: from model, data and the configuration
+    dir: str = "runs"
+    steps: PositiveInt
+    seed: int = 0
+    model: Model
+    data: Data
+    batch: Batch
+    parallel: Parallel = Parallel()
+    zero: Zero = Zero()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    sample: Sample = Sample()
+    track: Track = Track()
+    price: Price
+    launch: Launch = Launch()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        for key in ("tp", "ep"):
+            if getattr(self.parallel, key) != 1:
+                raise ConfigError(
+                    f"parallel.{key}",
+                    getattr(self.parallel, key),
+                    "is not implemented yet",
+                    f"use parallel.{key}=1",
+                )
+        rows = self.batch.tokens / self.data.seq_len
+        if rows != int(rows) or rows % self.batch.micro:
+            unit = self.data.seq_len * self.batch.micro
+            raise ConfigError(
+                "batch.tokens",
+                self.batch.tokens,
+                f"must be a multiple of data.seq_len={self.data.seq_len} x "
+                f"batch.micro={self.batch.micro} = {unit}",
+                _nearest_multiples(self.batch.tokens, unit),
+            )
+        if self.schedule.warmup > self.steps:
+            raise ConfigError(
+                "schedule.warmup",
+                self.schedule.warmup,
+                f"must be at most steps={self.steps}",
+                f"try {self.steps // 10}",
+            )
+        if self.zero.stage == 0 and self.engine.precision == "bf16":
+            raise ConfigError(
+                "zero.stage",
+                0,
+                "gives a wrong gradient norm with engine.precision=bf16 in DeepSpeed",
+                "use zero.stage=1",
+            )
+        if self.zero.stage == 3 and self.optim.kind == "muon":
+            raise ConfigError(
+                "zero.stage",
+                3,
+                "shards the matrices that optim.kind=muon must see whole",
+                "use zero.stage=2",
+            )
+        return self
+
+    def check_world(self, world_size: int) -> Self:
+        """Check what depends on the number of processes.
+
+        Raises:
+            ConfigError: if the step's tokens do not split over the data-parallel ranks.
+        """
+        if world_size % (self.parallel.tp * self.parallel.ep):
+            raise ConfigError(
+                "parallel.tp x parallel.ep",
+                self.parallel.tp * self.parallel.ep,
+                f"must divide the number of processes={world_size}",
+            )
+        dp = world_size // self.parallel.tp
+        unit = self.data.seq_len * self.batch.micro * dp
+        if self.batch.tokens % unit:
+            raise ConfigError(
+                "batch.tokens",
+                self.batch.tokens,
+                f"must be a multiple of data.seq_len={self.data.seq_len} x batch.micro="
+                f"{self.batch.micro} x data-parallel ranks={dp} = {unit}",
+                _nearest_multiples(self.batch.tokens, unit),
+            )
+        return self
+
+    def accumulation(self, dp: int) -> int:
+        """Micro-batches a rank accumulates in one step."""
+        return self.batch.tokens // (self.data.seq_len * self.batch.micro * dp)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch.tokens // self.data.seq_len
+
+    def with_vocab(self, tokenizer_size: int) -> Self:
+        """This run with the vocabulary the tokenizer needs.
+
+        Raises:
+            ConfigError: if `model.vocab_size` was given and is too small.
+        """
+        given = self.model.vocab_size
+        if given is not None and given < tokenizer_size:
+            raise ConfigError(
+                "model.vocab_size",
+                given,
+                f"must hold the tokenizer's {tokenizer_size} tokens",
+                f"try {self.model.padded_vocab(tokenizer_size)} or null",
+            )
+        size = given or self.model.padded_vocab(tokenizer_size)
+        model = self.model.model_copy(update={"vocab_size": size})
+        return self.model_copy(update={"model": model})
+
+    @property
+    def run_name(self) -> str:
+        """`name`, or a name that is the same exactly when the result would be the same."""
+        if self.name:
+            return self.name
+        neutral = {"name", "dir", "track", "price", "launch", "checkpoint", "sample"}
+        body = json.dumps(self.model_dump(mode="json", exclude=neutral), sort_keys=True)
+        digest = hashlib.sha256(body.encode()).hexdigest()[:6]
+        return f"{self.model.name}-{self.data.name}-{digest}"
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    low = value // unit * unit
+    return f"try {low} or {low + unit}" if low else f"try {unit}"

@@ -1,0 +1,87 @@
+"""Device-seconds and dollars of a run.
+
+`Meters` asks here what a stretch of wall time costs; console, ledger and summary show the answer.
+A device is a GPU, or on CPU a core; an unknown price gives None, never 0.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
+from typing import Literal, Self
+
+from kalmagrove.config import Price
+
+CENT = Decimal("0.01")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the run occupies: `devices` GPUs or cores, each at a price an hour (None: unknown)."""
+
+    devices: int
+    unit: Literal["gpu", "core"]
+    usd_per_device_hour: float | None
+
+    @classmethod
+    def of(cls, price: Price, device_type: str, world_size: int, threads: int) -> Self:
+        """Price what a run occupies.
+
+        Args:
+            device_type: of the ranks' torch device; "cpu" is charged by the core, all else by the GPU.
+            threads: CPU threads, summed over all ranks; used on CPU only.
+        """
+        if device_type == "cpu":
+            return cls(threads, "core", price.usd_per_core_hour)
+        return cls(world_size, "gpu", price.usd_per_gpu_hour)
+
+    def device_seconds(self, wall_seconds: float) -> float:
+        return wall_seconds * self.devices
+
+    def usd(self, device_seconds: float) -> Decimal | None:
+        """Dollars of `device_seconds`, unrounded; None if the price is unknown."""
+        if self.usd_per_device_hour is None:
+            return None
+        return Decimal(str(self.usd_per_device_hour)) * Decimal(str(device_seconds)) / 3600
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Cumulative cost of a run over all its sessions, lost work included."""
+
+    device_seconds: float = 0.0
+    usd: Decimal | None = Decimal(0)  # None once any part had no price
+
+    def plus(self, cost: Cost, wall_seconds: float) -> "Spent":
+        """After `wall_seconds` more. A part without a price makes the sum unknown."""
+        more = cost.device_seconds(wall_seconds)
+        usd = cost.usd(more)
+        known = self.usd is not None and usd is not None
+        return Spent(self.device_seconds + more, self.usd + usd if known else None)  # type: ignore[operator]
+
+
+def show_usd(amount: Decimal | float | None) -> str:
+    """Dollars to the cent, rounded half up on the decimal digits.
+
+    >>> show_usd(Decimal("1234.565")), show_usd(0.004), show_usd(0), show_usd(None)
+    ('$1,234.57', '<$0.01', '$0.00', '-')
+    """
+    if amount is None:
+        return "-"
+    exact = Decimal(str(amount))
+    cents = exact.quantize(CENT, rounding=ROUND_HALF_UP)
+    return "<$0.01" if exact > 0 and cents == 0 else f"${cents:,}"
+
+
+def process_age() -> float:
+    """Seconds since this process started (imports and data preparation cost money too).
+
+    Read from /proc; 0.0 where there is none.
+    """
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            after_name = file.read().rpartition(")")[2].split()
+        started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22: ticks since boot
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0

@@ -1,0 +1,28 @@
+"""What the training loop tells its observers about one optimizer step.
+
+The loop makes a `StepRecord` after every step; `Meters` sums them up and writes the ledger.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+def no_metrics() -> dict[str, Tensor]:
+    """For models without metrics of their own."""
+    return {}
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, as seen by one rank. Tensors stay on their device: nothing here waits for it."""
+
+    step: int  # 1 after the first step
+    tokens: int  # target positions read since step 0, over all ranks
+    loss: Tensor  # scalar, nats per token: this rank's mean over its micro-batches, detached, un-reduced
+    grad_norm: Tensor | float  # global, before clipping
+    lr: float
+    skipped: bool = False  # a non-finite step: no update was made, and its loss is not averaged
+    seconds: Mapping[str, float] = field(default_factory=dict)  # host-side split: data, compute, ...
+    model_metrics: Callable[[], dict[str, Tensor]] = no_metrics  # called only when a line is written
