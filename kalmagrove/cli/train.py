@@ -3,14 +3,19 @@
 `train_on_this_rank` is the whole program in one screen: builders, then `fit`.
 """
 
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kalmagrove.cli import launch, run_folder
 from kalmagrove.cli.compose import compose_tree, hydra_app, read_yaml
-from kalmagrove.config import Checkpoint, ConfigError, Interrupted, Run, load
+from kalmagrove.config import ConfigError, Run, load
+
+if TYPE_CHECKING:  # torch is imported only once the configuration is known to work
+    from kalmagrove.data import Prepared
+    from kalmagrove.parallel import Groups
+    from kalmagrove.track import Meters
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,12 +58,14 @@ def _start(run: Run, dry_run: bool, in_sweep: bool) -> int:
 
 
 def _already_finished(folder: Path, summary: dict[str, Any]) -> int:
-    from kalmagrove.track.summary import print_table
+    from rich.console import Console
 
-    print_table(summary)
+    from kalmagrove.track import results_table
+
+    Console().print(results_table(summary))
     print(
-        f"{folder} has already done its {summary['steps']} steps; "
-        "train anew with checkpoint.resume=never, or change the configuration"
+        f"{folder} has already done its {summary['steps']} steps; train anew with "
+        "checkpoint.resume=never, or change the configuration"
     )
     return 0
 
@@ -67,41 +74,82 @@ def train_on_this_rank(run: Run) -> int:
     """The main path, on one process of the run; returns the exit code."""
     import torch
 
-    from kalmagrove.cli import finish
     from kalmagrove.data import build_batches, prepare, val_batches
-    from kalmagrove.engine import build_engine, connect, fit, resume
+    from kalmagrove.engine import build_engine, connect, disconnect, fit, resume
     from kalmagrove.nn import build_model
-    from kalmagrove.parallel import Groups, broadcast_object
-    from kalmagrove.track import build_meters
+    from kalmagrove.parallel import Groups
 
+    logging.basicConfig(format="kalmagrove: %(message)s")
     prepared = prepare(run.data, progress=launch.launched_rank() == 0)
     run = run.with_vocab(prepared.vocab_size)
     device = connect(run)
     groups = Groups.init(run.parallel, device)
-    folder = broadcast_object(_claimed(run) if groups.is_main else None, groups.world)
-    if isinstance(folder, ConfigError):
-        raise folder
-    torch.manual_seed(run.seed)
+    folder = _claim(run, groups, prepared)
     batches = build_batches(prepared, run, groups.dp.rank, groups.dp.size)
     held_out = val_batches(prepared, run, groups.dp.rank, groups.dp.size)
+    torch.manual_seed(run.seed)
     model = build_model(run.model, groups)
     engine = build_engine(model, run, groups)
-    meters = build_meters(run, folder, groups, prepared)
-    try:
-        state = resume(engine, batches, meters, run, folder)
-        outcome = fit(engine, batches, held_out, meters, state, run)
-    except Interrupted as stop:
-        finish.report(run, folder, groups, meters, prepared, "stopped")
-        raise stop
-    finish.report(run, folder, groups, meters, prepared, outcome)
+    meters = _meters(run, folder, groups, prepared)
+    state = resume(engine, batches, meters, run, folder)
+    outcome = fit(engine, batches, held_out, meters, state, run)
+    if groups.is_main:
+        _show_sample(run, outcome.checkpoint)
+    disconnect()
     return 0
 
 
-def _claimed(run: Run) -> Path | ConfigError:
-    """The run's folder, claimed; an error is returned, not raised, so that all ranks learn of it."""
-    folder = run_folder.choose(run)
-    try:
-        run_folder.claim(folder, run)
-    except ConfigError as error:
-        return error
+def _claim(run: Run, groups: "Groups", prepared: "Prepared") -> Path:
+    """The run's folder, claimed by the main process for all; it holds the tokenizer from now on."""
+    from kalmagrove.parallel import broadcast_object
+
+    claimed: Path | ConfigError | None = None
+    if groups.is_main:
+        claimed = run_folder.choose(run)
+        try:
+            run_folder.claim(claimed, run)
+            prepared.tokenizer.save(claimed / "tokenizer")
+        except ConfigError as error:
+            claimed = error
+    folder = broadcast_object(claimed, groups.world)
+    if isinstance(folder, ConfigError):
+        raise folder
+    assert folder is not None
     return folder
+
+
+def _meters(run: Run, folder: Path, groups: "Groups", prepared: "Prepared") -> "Meters":
+    from kalmagrove.config.counts import parameter_count
+    from kalmagrove.track import build_meters, flops_per_token
+
+    count = parameter_count(run.model)
+    return build_meters(
+        run,
+        folder,
+        groups,
+        params_total=count.total,
+        params_active=count.active,
+        flops_per_token=flops_per_token(run.model, run.data.seq_len).training,
+        val_bytes_per_token=prepared.val_bytes_per_token,
+        baselines={
+            "unigram_nats": prepared.unigram_nats,
+            "bigram_nats": prepared.bigram_nats,
+        },
+    )
+
+
+def _show_sample(run: Run, checkpoint: Path) -> None:
+    """Write a few lines with the saved model, and keep them in the run's folder."""
+    from kalmagrove.evaluate.generate import generate
+    from kalmagrove.evaluate.load import load_trained
+
+    if not run.sample.max_new_tokens:
+        return
+    model, tokenizer = load_trained(checkpoint)
+    settings = run.sample.model_dump(exclude={"prompts"})
+    texts = generate(model, tokenizer, run.sample.prompts, **settings)
+    pairs = zip(run.sample.prompts, texts, strict=True)
+    sample = f"\n{'-' * 40}\n".join(prompt + text for prompt, text in pairs)
+    folder = checkpoint.parent.parent
+    (folder / "samples" / f"{checkpoint.name}.txt").write_text(sample + "\n", encoding="utf-8")
+    print(f"\nA sample at temperature {run.sample.temperature:g}:\n\n{sample}\n\n{folder}", flush=True)

@@ -39,10 +39,11 @@ from kalmagrove.config.run import (
     Track,
     Zero,
 )
+from kalmagrove.config.verbs import Generate, Prepare
 
 __all__ = [
     "ADA", "Attention", "Batch", "Checkpoint", "CheckpointError", "ConfigError", "Data", "DataError",
-    "Dense", "Edge", "Engine", "Eval", "FFN", "Grove", "Init", "Interrupted", "KAN", "KalmaGroveError",
-    "Launch", "MLA", "MoE", "Model", "NonFiniteError", "Optim", "Parallel", "Price", "Run", "Sample",
+    "Dense", "Edge", "Engine", "Eval", "FFN", "Generate", "Grove", "Init", "Interrupted", "KAN", "KalmaGroveError",
+    "Launch", "MLA", "MoE", "Model", "NonFiniteError", "Optim", "Parallel", "Prepare", "Price", "Run", "Sample",
     "Schedule", "Softmax", "Source", "Tokenizer", "Track", "Zero", "load", "validate",
 ]  # fmt: skip

@@ -75,11 +75,11 @@ class Data(Section):
                 "must name a tokenizer for kind=auto",
                 "try HuggingFaceTB/SmolLM2-135M",
             )
-        if self.tokenizer.kind == "bpe" and self.tokenizer.vocab_size < 257:
+        if self.tokenizer.kind == "bpe" and self.tokenizer.vocab_size < 261:
             raise ConfigError(
                 "data.tokenizer.vocab_size",
                 self.tokenizer.vocab_size,
-                "must exceed the 256 bytes and the end-of-text token",
+                "must hold the 256 bytes and 5 special tokens",
                 "try 4096",
             )
         if self.format == "messages" and source.kind in ("stdlib", "text"):

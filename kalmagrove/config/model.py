@@ -53,7 +53,8 @@ class ADA(Section):
     qk_norm: bool = True
     output_norm: bool = True  # per-head RMSNorm
     output_gate: bool = True
-    form: Literal["auto", "quadratic", "chunked", "recurrent"] = "auto"  # auto: chunked
+    form: Literal["auto", "quadratic", "chunked", "recurrent"] = "auto"
+    # ^ auto: quadratic up to two chunks of tokens, chunked above; all compute the same
     chunk: PositiveInt = 64
 
 

@@ -32,6 +32,7 @@ class Zero(Section):
     stage: Literal[0, 1, 2, 3] = 1
     bucket: PositiveInt = 50_000_000  # elements of a communication bucket
     overlap_comm: bool = False
+    persist: NonNegativeInt = 100_000  # stage 3: parameters of fewer elements stay whole on every rank
 
 
 class Optim(Section):

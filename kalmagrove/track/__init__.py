@@ -1,0 +1,26 @@
+"""What a run does and costs: ledger, meters, console, W&B, summary, FLOPs and memory estimates."""
+
+from kalmagrove.track.cost import Cost, Spent, show_usd
+from kalmagrove.track.flops import Flops, flops_per_token
+from kalmagrove.track.ledger import History, Ledger, read_history
+from kalmagrove.track.memory import memory_estimate
+from kalmagrove.track.meters import Meters, build_meters
+from kalmagrove.track.records import StepRecord
+from kalmagrove.track.summary import results_table, write_summary
+
+__all__ = [
+    "Cost",
+    "Flops",
+    "History",
+    "Ledger",
+    "Meters",
+    "Spent",
+    "StepRecord",
+    "build_meters",
+    "flops_per_token",
+    "memory_estimate",
+    "read_history",
+    "results_table",
+    "show_usd",
+    "write_summary",
+]

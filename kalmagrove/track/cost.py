@@ -28,7 +28,7 @@ class Cost:
         """Price what a run occupies.
 
         Args:
-            device_type: of the ranks' torch device; "cpu" is charged by the core, all else by the GPU.
+            device_type: of the ranks' torch device; "cpu" is charged by the core, else by the GPU.
             threads: CPU threads, summed over all ranks; used on CPU only.
         """
         if device_type == "cpu":
@@ -54,10 +54,10 @@ class Spent:
 
     def plus(self, cost: Cost, wall_seconds: float) -> "Spent":
         """After `wall_seconds` more. A part without a price makes the sum unknown."""
-        more = cost.device_seconds(wall_seconds)
-        usd = cost.usd(more)
-        known = self.usd is not None and usd is not None
-        return Spent(self.device_seconds + more, self.usd + usd if known else None)  # type: ignore[operator]
+        seconds = cost.device_seconds(wall_seconds)
+        more = cost.usd(seconds)
+        usd = None if self.usd is None or more is None else self.usd + more
+        return Spent(self.device_seconds + seconds, usd)
 
 
 def show_usd(amount: Decimal | float | None) -> str:

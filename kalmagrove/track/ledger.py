@@ -3,8 +3,9 @@
 Rank 0's `Meters` writes it; console, W&B, summary and report read from it.
 
 Every line holds `event, time, mono, step, tokens, device_seconds, usd`; the last two are cumulative
-over all sessions of the run, work that a kill threw away included. Lines are never removed: a session
-that begins at step S (event `start` or `resume`) makes the lines after S history that did not last.
+over all sessions of the run, work that a kill threw away included. Lines are never removed: a
+session that begins at step S (event `start` or `resume`) makes the lines after S history that did
+not last.
 """
 
 import json
@@ -42,7 +43,7 @@ class History:
     lines: tuple[Line, ...]
 
     def effective(self) -> list[Line]:
-        """The lines of the work that lasted: each session replaces what came after its first step."""
+        """The lines of the work that lasted: a session replaces what came after its start."""
         kept: list[Line] = []
         for line in self.lines:
             if line["event"] in FIRST:

@@ -16,13 +16,17 @@ def no_metrics() -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step, as seen by one rank. Tensors stay on their device: nothing here waits for it."""
+    """One optimizer step, as one rank sees it. Tensors stay on their device, un-awaited."""
 
     step: int  # 1 after the first step
     tokens: int  # target positions read since step 0, over all ranks
-    loss: Tensor  # scalar, nats per token: this rank's mean over its micro-batches, detached, un-reduced
+    loss: Tensor  # scalar, nats per token: mean over this rank's micro-batches, detached
     grad_norm: Tensor | float  # global, before clipping
     lr: float
     skipped: bool = False  # a non-finite step: no update was made, and its loss is not averaged
-    seconds: Mapping[str, float] = field(default_factory=dict)  # host-side split: data, compute, ...
-    model_metrics: Callable[[], dict[str, Tensor]] = no_metrics  # called only when a line is written
+    seconds: Mapping[str, float] = field(
+        default_factory=dict
+    )  # host-side split: data, compute, ...
+    model_metrics: Callable[[], dict[str, Tensor]] = (
+        no_metrics  # called only when a line is written
+    )

@@ -1,0 +1,65 @@
+"""`kalmagrove train --dry-run`: what would be trained, and what it would need. Builds nothing."""
+
+from rich.console import Console
+from rich.table import Table
+
+from kalmagrove.cli.compose import to_yaml
+from kalmagrove.config import Run
+from kalmagrove.config.counts import parameter_table
+
+
+def describe(run: Run, world_size: int) -> None:
+    """Print the resolved run, parameters, tokens, FLOPs and estimated memory."""
+    from kalmagrove.cli.launch import visible_gpus
+    from kalmagrove.track import flops_per_token, memory_estimate
+
+    run, vocabulary = _with_vocabulary(run)
+    precision = run.engine.precision
+    if precision == "auto":
+        precision = "bf16" if visible_gpus() else "fp32"
+    dp = world_size // run.parallel.tp
+    print(to_yaml(run.model_dump(mode="json")))
+    console = Console()
+    console.print(_parameters(run))
+    memory = memory_estimate(run, dp, precision)
+    table = Table(title=f"Memory, {precision}", title_justify="left")
+    table.add_column("")
+    table.add_column("GB", justify="right")
+    for row in memory:
+        table.add_row(row.component, f"{row.bytes / 1e9:.3f}")
+    table.add_row("memory, all", f"{sum(row.bytes for row in memory) / 1e9:.3f}")
+    console.print(table)
+    flops = flops_per_token(run.model, run.data.seq_len).training
+    tokens = run.steps * run.batch.tokens
+    console.print(
+        f"tokens         {tokens:,} ({run.steps:,} steps of {run.batch.tokens:,}: {dp} data-parallel "
+        f"ranks x {run.accumulation(dp)} micro-batches x {run.batch.micro} rows of {run.data.seq_len})\n"
+        f"model FLOPs    {flops:,.0f} a token in training, {flops * tokens:.3g} in all\n"
+        f"vocabulary     {run.model.vocab_size:,} ({vocabulary})\n"
+        f"run folder     {run.dir}/{run.run_name}",
+        highlight=False,
+    )
+
+
+def _with_vocabulary(run: Run) -> tuple[Run, str]:
+    tokenizer = run.data.tokenizer
+    if run.model.vocab_size is not None:
+        return run, "as configured"
+    if tokenizer.kind == "bpe":
+        return run.with_vocab(tokenizer.vocab_size), "BPE, at most; a small corpus may give fewer"
+    from kalmagrove.data.tokenizer import Auto
+
+    assert tokenizer.name is not None
+    return run.with_vocab(Auto.fetch(tokenizer.name, False).size), tokenizer.name
+
+
+def _parameters(run: Run) -> Table:
+    table = Table(title="Parameters", title_justify="left")
+    for column in ("", "total", "active for a token"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = parameter_table(run.model)
+    for row in rows:
+        table.add_row(row.component, f"{row.total:,}", f"{row.active:,}")
+    total, active = sum(r.total for r in rows), sum(r.active for r in rows)
+    table.add_row("all", f"{total:,}", f"{active:,}", style="bold")
+    return table

@@ -1,0 +1,31 @@
+"""`kalmagrove generate`: text from a checkpoint, by recurrent decoding with constant-size ADA states."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kalmagrove.cli.compose import hydra_app
+from kalmagrove.config import Generate, validate
+
+
+def main(argv: Sequence[str]) -> int:
+    """Generate as `argv` says (Hydra overrides, verbatim `prompt=` words); returns the exit code."""
+    prompts = tuple(word[len("prompt=") :] for word in argv if word.startswith("prompt="))
+    rest = [word for word in argv if not word.startswith("prompt=")]
+
+    def task(tree: dict[str, Any], in_sweep: bool) -> int:
+        return _generate(validate(Generate, tree | ({"prompts": prompts} if prompts else {})))
+
+    return hydra_app("generate", rest, task)
+
+
+def _generate(wanted: Generate) -> int:
+    from kalmagrove.evaluate.generate import generate
+    from kalmagrove.evaluate.load import load_trained
+
+    model, tokenizer = load_trained(Path(wanted.run), wanted.device)
+    settings = wanted.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
+    texts = generate(model, tokenizer, wanted.prompts, **settings)
+    pairs = zip(wanted.prompts, texts, strict=True)
+    print(f"\n{'-' * 40}\n".join(prompt + text for prompt, text in pairs))
+    return 0

@@ -1,0 +1,24 @@
+"""What the verbs beside `train` are given."""
+
+from pydantic import Field, NonNegativeInt
+
+from kalmagrove.config.base import Section
+from kalmagrove.config.data import Data
+
+
+class Prepare(Section):
+    """`kalmagrove prepare`: a corpus to tokenize."""
+
+    data: Data
+
+
+class Generate(Section):
+    """`kalmagrove generate`: text from the newest checkpoint of a run, or from one given by its folder."""
+
+    run: str = "runs/latest"  # folder of a run or of a checkpoint
+    prompts: tuple[str, ...] = ("",)
+    max_new_tokens: NonNegativeInt = 200
+    temperature: float = Field(0.8, ge=0)  # 0: always the likeliest token
+    top_p: float = Field(0.95, gt=0, le=1)
+    seed: int = 0
+    device: str = "auto"  # auto: cuda if there is one, else cpu

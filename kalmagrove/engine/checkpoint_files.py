@@ -1,0 +1,196 @@
+"""A checkpoint as files: names, integrity, age, and whether it fits a run. One process, no engine.
+
+Used by `checkpoint`, which adds what needs an engine and all ranks.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kalmagrove.config import CheckpointError
+
+FORMAT = 1
+STATE_FILE = "state.json"
+WEIGHTS_FILE = "model.safetensors"
+UNFINISHED = (".tmp", ".old")
+# settings under `model` that change neither weights nor results
+FREE_MODEL_KEYS = ("model.name", "model.backend", "model.init")
+POSITION_KEYS = ("samples",)  # of the batches' state: where they are, not what they are
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:06d}"
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """Checkpoint folders at `path`, newest first: itself, or those in a run's folder."""
+    if (path / STATE_FILE).is_file():
+        return [path]
+    for place in (path / "checkpoints", path):
+        found = [p for p in place.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+        if found:
+            return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+    return []
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    """Delete what a killed save left; a whole checkpoint that it was replacing gets its name back."""
+    for folder in checkpoints.glob("step-*"):
+        if folder.suffix not in UNFINISHED:
+            continue
+        final = folder.with_suffix("")
+        if folder.suffix == ".old" and not final.exists():
+            folder.rename(final)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def rotate(checkpoints: Path, keep: int) -> None:
+    """Delete all but the newest `keep`, renaming first so that half a deletion is never loaded."""
+    for folder in find_checkpoints(checkpoints)[keep:]:
+        doomed = folder.with_name(folder.name + ".tmp")
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside(checkpoints: Path, newer_than: int) -> list[Path]:
+    """Rename checkpoints of later steps to step-N.aside: the run that made them is not continued.
+
+    Else rotation and `resume=auto` would prefer them to the new ones.
+    """
+    moved = []
+    for folder in find_checkpoints(checkpoints):
+        if int(folder.name.removeprefix("step-")) > newer_than:
+            aside = folder.with_name(folder.name + ".aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(folder.rename(aside))
+    return moved
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(tree, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The `state.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another format.
+    """
+    path = folder / STATE_FILE
+    try:
+        tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = tree["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has format {version}; this version reads format {FORMAT}")
+    return tree
+
+
+def checksum(path: Path) -> tuple[int, int]:
+    """Bytes and CRC-32."""
+    total, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            total, size = zlib.crc32(block, total), size + len(block)
+    return size, total
+
+
+def faults(folder: Path, rank: int = 0, ranks: int = 1, *, only: str | None = None) -> list[str]:
+    """What is wrong with the files of a checkpoint, one line each; none if it is whole.
+
+    Args:
+        rank, ranks: of several processes, each reads its share of the files.
+        only: look at this file alone.
+    """
+    try:
+        files = read_state(folder)["files"]
+    except (CheckpointError, KeyError) as error:
+        return [str(error)] if rank == 0 else []
+    names = [only] if only else sorted(files)[rank::ranks]
+    found = []
+    for name in names:
+        if name not in files or not (folder / name).is_file():
+            found.append(f"{name} is missing")
+            continue
+        size, total = files[name]
+        actual = (folder / name).stat().st_size
+        if actual != size:
+            found.append(f"{name} has {actual} bytes instead of {size}")
+        elif checksum(folder / name)[1] != total:
+            found.append(f"{name} has a wrong checksum")
+    return found
+
+
+def parameter_digest(model: nn.Module) -> str:
+    """A hash over the names and shapes of all parameters (whole shapes, also under ZeRO 3)."""
+    lines = [
+        f"{name} {tuple(getattr(p, 'ds_shape', p.shape))}" for name, p in model.named_parameters()
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Why a checkpoint cannot continue a run: "model.d_model: checkpoint 256, run 128", ...
+
+    A setting that only one of the two knows is of another version of the code, and not compared.
+
+    Args:
+        saved, here: trees with run, layout, parameters and batches, as in `state.json`.
+    """
+    old, new = _identity(saved), _identity(here)
+    lines = [
+        f"{key}: checkpoint {_show(old[key])}, run {_show(new[key])}"
+        for key in old
+        if key in new and old[key] != new[key]
+    ]
+    if not lines and saved["parameters"] != here["parameters"]:
+        lines = ["the parameters' names or shapes differ (made by another version of the code?)"]
+    return lines
+
+
+def _identity(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings, flattened to dotted keys, that must agree."""
+    run = tree["run"]
+    chosen = {
+        "model": run["model"],
+        "optim": {"kind": run["optim"]["kind"], "decay_splines": run["optim"]["decay_splines"]},
+        "batches": {k: v for k, v in tree["batches"].items() if k not in POSITION_KEYS},
+        **tree["layout"],
+    }
+    flat = dict(_flatten(chosen))
+    return {key: value for key, value in flat.items() if not key.startswith(FREE_MODEL_KEYS)}
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, list(tree) if isinstance(tree, tuple) else tree
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,177 @@
+"""One optimizer step over DeepSpeed: accumulation, exact means, clipping, skipping of bad steps.
+
+Built by `build_engine` from a model; driven by `fit`; saved and restored by `checkpoint`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kalmagrove.config import ConfigError, Run
+from kalmagrove.engine.compat import initialize, local_weights
+from kalmagrove.engine.config import deepspeed_config, resolve_precision
+from kalmagrove.engine.optim import build_optimizer
+from kalmagrove.engine.schedule import lr_factor
+from kalmagrove.parallel import Groups, all_reduce_sum, any_rank
+
+Batch = dict[str, Any]
+
+
+def build_engine(model: nn.Module, run: Run, groups: Groups) -> "Engine":
+    """Give `model` to DeepSpeed: device, dtype, sharding, optimizer. All ranks call it.
+
+    Raises:
+        ConfigError: if the step does not divide over the ranks, or settings exclude each other.
+    """
+    run.check_world(groups.world.size)
+    dtype = resolve_precision(run, groups.device)
+    model.activation_checkpointing = run.engine.activation_checkpointing  # type: ignore[assignment]
+    if run.engine.compile:
+        _compile_blocks(model, run)
+    model.to(groups.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    optimizer = build_optimizer(model, run.optim, groups.device)
+    config = deepspeed_config(run, groups, dtype, parameters)
+    return Engine(model, initialize(model, optimizer, config, groups), groups, run, dtype)
+
+
+def _compile_blocks(model: nn.Module, run: Run) -> None:
+    if run.zero.stage == 3:
+        raise ConfigError(
+            "engine.compile",
+            True,
+            "does not work with zero.stage=3, whose hooks gather parameters inside every layer",
+            "use zero.stage=2",
+        )
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.compile()
+
+
+class Engine:
+    """A model under training.
+
+    module: the model itself. deepspeed: the DeepSpeedEngine around it. nonfinite_in_row: skipped steps
+    since the last good one. nonfinite_total: since step 0.
+    """
+
+    def __init__(
+        self, module: nn.Module, deepspeed: Any, groups: Groups, run: Run, dtype: torch.dtype
+    ) -> None:
+        self.module = module
+        self.deepspeed = deepspeed
+        self.groups = groups
+        self.run = run
+        self.dtype = dtype
+        self.nonfinite_in_row = 0
+        self.nonfinite_total = 0
+        self.accumulation = run.accumulation(groups.dp.size)
+        self._hyperparameters = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in deepspeed.optimizer.param_groups
+        ]
+
+    def train_step(self, batches: Sequence[Batch], step: int) -> tuple[Tensor, Tensor | float]:
+        """Forward and backward over `accumulation` micro-batches, then one update.
+
+        Args:
+            step: finished steps before this one; decides the learning rate.
+
+        Returns:
+            This rank's loss, mean over its micro-batches (the mean over ranks is the exact mean over the
+            step's target tokens), and the global gradient norm before clipping. A norm that is not finite
+            means that nothing was updated, on any rank: then `skipped` is true.
+        """
+        assert len(batches) == self.accumulation, "one step takes `accumulation` micro-batches"
+        self.set_lr(step)
+        self.module.train()
+        total = torch.zeros((), device=self.groups.device)
+        for batch in batches:
+            loss = self.deepspeed(**self._to_device(batch)).loss
+            # NaN or infinity in the loss makes the factor NaN, and so every gradient, whatever the
+            # graph does with it; otherwise it is exactly 1. The norm then reports both kinds of failure.
+            self.deepspeed.backward(loss * (1 + 0 * loss.detach()))
+            if self.deepspeed.is_gradient_accumulation_boundary():
+                norm = self._unsharded_norm() if self.run.zero.stage == 0 else None
+            self.deepspeed.step()
+            total += loss.detach().float() / self.accumulation
+        if norm is None:
+            norm = self.deepspeed.get_global_grad_norm()
+        self._count(norm)
+        if not self.skipped:
+            self.module.balance(self.groups)
+        return total, norm
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step was not finite and changed nothing."""
+        return self.nonfinite_in_row > 0
+
+    def set_lr(self, step: int) -> float:
+        """Set the rate of the update that follows `step` finished ones; returns `optim.lr`'s share."""
+        factor = lr_factor(step, self.run.steps, self.run.schedule)
+        for group, own in zip(
+            self.deepspeed.optimizer.param_groups, self._hyperparameters, strict=True
+        ):
+            group["lr"] = own["base_lr"] * factor
+        return self.run.optim.lr * factor
+
+    def restore_hyperparameters(self) -> None:
+        """Undo what loading a checkpoint does to rates, decay and clipping: the run decides them."""
+        for group, own in zip(
+            self.deepspeed.optimizer.param_groups, self._hyperparameters, strict=True
+        ):
+            group.update(own)
+        if self.run.zero.stage:
+            self.deepspeed.optimizer.clip_grad = self.run.optim.clip
+
+    @torch.no_grad()
+    def eval_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy (nats) and number of target tokens of this rank's `batch`."""
+        self.module.eval()
+        loss = self.deepspeed(**self._to_device({**batch, "normalizer": 1.0})).loss
+        return loss.double(), (batch["targets"] != -100).sum().to(self.groups.device)
+
+    def weights_are_finite(self) -> bool:
+        """Looked at before a checkpoint is written. All ranks call it and get the same answer."""
+        bad = any(not bool(torch.isfinite(w).all()) for w in local_weights(self.deepspeed))
+        return not any_rank(bad, self.groups.world, self.groups.device)
+
+    def nonfinite_reason(self, loss: Tensor) -> str:
+        """What was wrong with the step just skipped. All ranks call it."""
+        bad = (~torch.isfinite(loss)).to(torch.int64)
+        ranks = int(all_reduce_sum(bad, self.groups.dp))
+        return f"loss not finite on {ranks} ranks" if ranks else "gradient not finite"
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {
+            key: value.to(self.groups.device, non_blocking=True)
+            if isinstance(value, Tensor)
+            else value
+            for key, value in batch.items()
+        }
+
+    @torch.no_grad()
+    def _unsharded_norm(self) -> Tensor:
+        """Norm, clipping and skipping without ZeRO, where DeepSpeed only clips.
+
+        Gradients are reduced by now, so all ranks see the same. Optimizers pass over parameters without
+        gradient: removing them skips the step.
+        """
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not math.isfinite(float(norm)):
+            for parameter in parameters:
+                parameter.grad = None
+        elif self.run.optim.clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.run.optim.clip, norm)
+        return norm
+
+    def _count(self, norm: Tensor | float) -> None:
+        if math.isfinite(float(norm)):
+            self.nonfinite_in_row = 0
+        else:
+            self.nonfinite_in_row += 1
+            self.nonfinite_total += 1

@@ -1,0 +1,200 @@
+"""The training loop: step, report, evaluate, save, until the run is done or asked to stop.
+
+Called last by the training command, with everything built. It knows no data format, no console and no
+price: batches are iterated, meters are told.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from kalmagrove.config import CheckpointError, Interrupted, NonFiniteError, Run
+from kalmagrove.engine.checkpoint import State, save
+from kalmagrove.engine.engine import Batch, Engine
+from kalmagrove.engine.signals import StopRequest
+from kalmagrove.parallel import all_reduce_sum
+from kalmagrove.track.records import StepRecord
+
+log = logging.getLogger(__name__)
+
+
+class Batches(Protocol):
+    """An endless iterator of micro-batches that can be saved."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Observer(Protocol):
+    """What `fit` tells; all ranks call every method in the same order."""
+
+    def start(self, step: int, tokens: int) -> None: ...
+
+    def step(self, record: StepRecord) -> None: ...
+
+    def evaluated(self, step: int, tokens: int, nats: float) -> None: ...
+
+    def checkpointed(self, step: int, tokens: int, path: Path, seconds: float) -> None: ...
+
+    def skipped(self, step: int, reason: str) -> None: ...
+
+    def stop(self, status: str, **facts: Any) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run that reached its last step ended. `val_nats` is nats per held-out token."""
+
+    status: Literal["done"]
+    step: int
+    tokens: int
+    val_nats: float
+    nonfinite: int  # steps skipped since step 0
+    checkpoint: Path
+
+
+def fit(
+    engine: Engine,
+    batches: Batches,
+    val_batches: Iterable[Batch],
+    meters: Observer,
+    state: State,
+    run: Run,
+) -> Outcome:
+    """Train from `state.step` to `run.steps`. All ranks call it.
+
+    Args:
+        val_batches: the held-out micro-batches, the same number on every rank; iterated anew each time.
+
+    Raises:
+        Interrupted: SIGINT, SIGTERM or the stop file; the finished step is saved.
+        NonFiniteError: `engine.max_nonfinite` steps in a row were not finite, or the weights are not.
+        CheckpointError: the last checkpoint of the run could not be written.
+    """
+    meters.start(state.step, state.tokens)
+    try:
+        with StopRequest() as stop:
+            val_nats = _train(engine, batches, val_batches, meters, state, run, stop)
+    except Interrupted:
+        meters.stop("stopped", step=state.step)
+        raise
+    except (NonFiniteError, CheckpointError) as error:
+        meters.stop("failed", step=state.step, reason=str(error))
+        raise
+    meters.stop("done", step=state.step)
+    assert state.newest is not None, "the last step is saved"
+    return Outcome("done", state.step, state.tokens, val_nats, engine.nonfinite_total, state.newest)
+
+
+def _train(
+    engine: Engine,
+    batches: Batches,
+    val_batches: Iterable[Batch],
+    meters: Observer,
+    state: State,
+    run: Run,
+    stop: StopRequest,
+) -> float:
+    val_nats = None
+    while state.step < run.steps:
+        _step(engine, batches, meters, state, run)
+        last, val_nats = state.step == run.steps, None
+        if last or state.step % run.eval.every == 0:
+            val_nats = evaluate(engine, val_batches)
+            meters.evaluated(state.step, state.tokens, val_nats)
+        if last or state.step % run.checkpoint.every == 0:
+            _save(engine, batches, meters, state, must=last)
+        if not last and stop.agreed(engine.groups):
+            if state.saved != state.step:
+                _save(engine, batches, meters, state, must=True)
+            raise Interrupted(
+                f"stopped after step {state.step} of {run.steps} ({stop.reason or 'another rank'}); "
+                f"saved in {state.newest}; the same command continues"
+            )
+    if val_nats is None:  # resumed at the last step
+        val_nats = evaluate(engine, val_batches)
+        meters.evaluated(state.step, state.tokens, val_nats)
+    if state.saved != state.step:
+        _save(engine, batches, meters, state, must=True)
+    return val_nats
+
+
+def _step(engine: Engine, batches: Batches, meters: Observer, state: State, run: Run) -> None:
+    begun = time.perf_counter()
+    micro_batches = [next(batches) for _ in range(engine.accumulation)]
+    fetched = time.perf_counter()
+    loss, grad_norm = engine.train_step(micro_batches, state.step)
+    computed = time.perf_counter()
+    lr = engine.set_lr(state.step)
+    state.step += 1
+    state.tokens += run.batch.tokens
+    meters.step(
+        StepRecord(
+            step=state.step,
+            tokens=state.tokens,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            skipped=engine.skipped,
+            seconds={"data": fetched - begun, "compute": computed - fetched},
+            model_metrics=engine.module.metrics,  # type: ignore[arg-type]
+        )
+    )
+    if engine.skipped:
+        reason = engine.nonfinite_reason(loss)
+        meters.skipped(state.step, reason)
+        _give_up(engine, state, run, reason)
+
+
+def _give_up(engine: Engine, state: State, run: Run, reason: str) -> None:
+    """Raise if too many steps in a row were not finite."""
+    if engine.nonfinite_in_row < run.engine.max_nonfinite:
+        return
+    raise NonFiniteError(
+        f"steps {state.step - engine.nonfinite_in_row + 1} to {state.step} gave no finite update "
+        f"({reason}); engine.max_nonfinite={run.engine.max_nonfinite} in a row end a run. "
+        f"Try a lower optim.lr (now {run.optim.lr}), a longer schedule.warmup (now "
+        f"{run.schedule.warmup}), or engine.precision=fp32; the last good checkpoint is "
+        f"{state.newest or 'none'}"
+    )
+
+
+def evaluate(engine: Engine, val_batches: Iterable[Batch]) -> float:
+    """Mean cross-entropy in nats per target token over all ranks' batches. All ranks call it."""
+    device = engine.groups.device
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    for batch in val_batches:
+        batch_nats, batch_count = engine.eval_loss(batch)
+        nats += batch_nats
+        count += batch_count
+    all_reduce_sum(nats, engine.groups.dp)
+    all_reduce_sum(count, engine.groups.dp)
+    return float(nats) / int(count)
+
+
+def _save(engine: Engine, batches: Batches, meters: Observer, state: State, *, must: bool) -> None:
+    """Save; a failure is logged and tried again at the next save, unless this is the last one."""
+    try:
+        path, seconds = save(engine, batches, meters, state)
+    except CheckpointError as error:
+        if must:
+            raise
+        if engine.groups.is_main:
+            log.error("%s; training goes on and tries again", error)
+        return
+    meters.checkpointed(state.step, state.tokens, path, seconds)

@@ -1,0 +1,52 @@
+"""Which parameters are decayed, and which optimizer moves them.
+
+Read by `build_engine`. A module tags its parameters with `p.kind`; see `parameter_kind`.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from kalmagrove.config import ConfigError, Optim
+
+KINDS = ("matrix", "embedding", "spline", "norm", "bias", "decay", "kernel")
+
+
+def parameter_kind(parameter: nn.Parameter) -> str:
+    """The parameter's tag, or "matrix" for two and more dimensions, "bias" for fewer."""
+    return getattr(parameter, "kind", None) or ("matrix" if parameter.ndim >= 2 else "bias")
+
+
+def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+    """Optimizer groups, in a fixed order, without empty ones.
+
+    Weight decay acts on matrices and embeddings, and on spline coefficients with `optim.decay_splines`.
+    With Muon the matrices form a group of their own (`muon=True`) with `optim.muon_lr`.
+
+    Each group has: name, params, lr, base_lr (what the schedule multiplies), weight_decay, muon.
+    """
+    decayed = {"matrix", "embedding"} | ({"spline"} if optim.decay_splines else set())
+    groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
+    for name, parameter in model.named_parameters():
+        kind = parameter_kind(parameter)
+        assert kind in KINDS, f"{name} is tagged with the unknown kind {kind!r}"
+        if not parameter.requires_grad:
+            continue
+        if optim.kind == "muon" and kind == "matrix" and parameter.ndim >= 2:
+            groups["muon"].append(parameter)
+        else:
+            groups["decay" if kind in decayed else "no_decay"].append(parameter)
+    if not any(groups.values()):
+        raise ConfigError("model", type(model).__name__, "has no trainable parameter")
+    return [
+        {
+            "name": name,
+            "params": params,
+            "lr": optim.muon_lr if name == "muon" else optim.lr,
+            "base_lr": optim.muon_lr if name == "muon" else optim.lr,
+            "weight_decay": 0.0 if name == "no_decay" else optim.weight_decay,
+            "muon": name == "muon",
+        }
+        for name, params in groups.items()
+        if params
+    ]

@@ -1,0 +1,151 @@
+"""Text generation: a batch of prompts, decoded in lock step through the model's cache.
+
+Called by `kalmagrove generate` and at the end of a run; it asks of the model only `init_cache` and
+`forward`.
+
+Legend: B batch (one row a prompt), V vocabulary.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kalmagrove.config import ConfigError
+
+
+class Tokenizer(Protocol):
+    """What generation needs of a tokenizer."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def eot(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: list[int]) -> str: ...
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    stop_at_eot: bool = True,
+) -> list[str]:
+    """The continuation of every prompt (without the prompt), at most `max_new_tokens` each.
+
+    temperature 0 is greedy; top_p keeps the smallest set of likeliest tokens with at least that
+    probability (Holtzman et al., arXiv:1904.09751). Every prompt begins with the end-of-text
+    token, as documents do in training. The text of a prompt depends on the seed, not on the other
+    prompts of the batch; repeats of one prompt get streams of their own. Padded vocabulary entries
+    are never drawn.
+
+    The shortest prompt's length is prefilled in one call; then all rows advance token by token,
+    rows still inside their prompt taking its tokens. Raises ConfigError for settings out of range.
+    """
+    _check(max_new_tokens, temperature, top_p)
+    rows = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
+    if not rows or max_new_tokens == 0:
+        return [""] * len(rows)
+    streams = _streams(prompts, seed)
+    device = next(model.parameters()).device
+    lengths = [len(row) for row in rows]
+    finished = [False] * len(rows)
+    done = min(lengths)
+    with _evaluating(model):
+        cache: Any = model.init_cache(len(rows), max(lengths) + max_new_tokens)  # type: ignore[operator]
+        tokens = torch.tensor([row[:done] for row in rows], device=device)
+        while True:
+            logits_BV = model(tokens, cache=cache).logits[:, -1, : tokenizer.size].float().cpu()
+            drawing = [
+                done >= length and not stopped
+                for length, stopped in zip(lengths, finished, strict=True)
+            ]
+            uniform_B = _draw(streams, drawing)
+            chosen = sample(logits_BV, uniform_B, temperature, top_p)
+            for i, token in enumerate(chosen.tolist()):
+                if drawing[i]:
+                    rows[i].append(token)
+                    full = len(rows[i]) == lengths[i] + max_new_tokens
+                    finished[i] = full or (stop_at_eot and token == tokenizer.eot)
+            if all(finished):
+                break
+            # A finished row is fed anything: nobody reads it again.
+            feed = [row[done] if done < len(row) else tokenizer.eot for row in rows]
+            tokens = torch.tensor(feed, device=device)[:, None]
+            done += 1
+    texts = [row[length:] for row, length in zip(rows, lengths, strict=True)]
+    if stop_at_eot:
+        texts = [text[:-1] if text and text[-1] == tokenizer.eot else text for text in texts]
+    return [tokenizer.decode(text) for text in texts]
+
+
+def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token per row, int64 [B], from logits and one uniform number in [0, 1) per row.
+
+    The uniform number picks by the inverse of the cumulative distribution, likeliest token first.
+    """
+    if temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    probabilities = torch.softmax(logits_BV.double() / temperature, dim=-1)
+    sorted_BV, order_BV = probabilities.sort(dim=-1, descending=True, stable=True)
+    cumulative = sorted_BV.cumsum(dim=-1)
+    kept = sorted_BV.masked_fill(cumulative - sorted_BV >= top_p, 0.0).cumsum(dim=-1)
+    target = uniform_B[:, None].to(kept.dtype) * kept[:, -1:]
+    picks = torch.searchsorted(kept, target, right=True).clamp(max=kept.shape[-1] - 1)
+    return order_BV.gather(1, picks).squeeze(1)
+
+
+def _streams(prompts: Sequence[str], seed: int) -> list[torch.Generator]:
+    """One generator per row, seeded by the seed and by how many equal prompts came before it."""
+    seen: Counter[str] = Counter()
+    streams = []
+    for prompt in prompts:
+        row_seed = (seed + seen[prompt] * 0x9E3779B97F4A7C15) % 2**63  # golden ratio: far apart
+        streams.append(torch.Generator().manual_seed(row_seed))
+        seen[prompt] += 1
+    return streams
+
+
+def _draw(streams: list[torch.Generator], drawing: list[bool]) -> Tensor:
+    """A number in [0, 1) per row, fp64 [B]; only the streams of rows that draw move on."""
+    return torch.stack(
+        [
+            torch.rand((), generator=stream, dtype=torch.float64)
+            if draws
+            else torch.zeros((), dtype=torch.float64)
+            for stream, draws in zip(streams, drawing, strict=True)
+        ]
+    )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if max_new_tokens < 0:
+        raise ConfigError("max_new_tokens", max_new_tokens, "must not be negative", "try 120")
+    if temperature < 0:
+        raise ConfigError(
+            "temperature", temperature, "must not be negative", "0 is greedy; try 0.8"
+        )
+    if not 0 < top_p <= 1:
+        raise ConfigError("top_p", top_p, "must be in (0, 1]", "try 0.95")

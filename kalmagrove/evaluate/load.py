@@ -1,0 +1,42 @@
+"""Open a trained model from a run's or checkpoint's folder, without DeepSpeed or other processes."""
+
+from pathlib import Path
+
+import torch
+
+from kalmagrove.config import CheckpointError, load
+from kalmagrove.data.tokenizer import Tokenizer
+from kalmagrove.data.tokenizer import load as load_tokenizer
+from kalmagrove.engine import find_checkpoints, load_weights, read_state
+from kalmagrove.nn import Transformer, build_model
+from kalmagrove.parallel import Groups
+
+
+def load_trained(folder: Path, device: str = "auto") -> tuple[Transformer, Tokenizer]:
+    """The model in evaluation mode, fp32 on CPU and bf16 on GPU, and its tokenizer.
+
+    Args:
+        folder: of a run (its newest whole checkpoint is taken) or of one checkpoint.
+        device: a torch device, or auto: cuda if there is one.
+
+    Raises:
+        CheckpointError: if there is no whole checkpoint, or it lacks its tokenizer.
+    """
+    folder = folder.expanduser().resolve()
+    found = find_checkpoints(folder)
+    if not found:
+        raise CheckpointError(
+            f"run={folder} holds no checkpoint; name the folder of a run (runs/NAME) or of a "
+            "checkpoint (runs/NAME/checkpoints/step-000100)"
+        )
+    run = load(read_state(found[0])["run"])
+    chosen = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    )
+    model = build_model(run.model, Groups.single(chosen))
+    load_weights(folder, model)
+    model.to(chosen, torch.bfloat16 if chosen.type == "cuda" else torch.float32)
+    place = found[0].parent.parent / "tokenizer"
+    if not place.is_dir():
+        raise CheckpointError(f"{place} is missing; a checkpoint stays inside its run's folder")
+    return model.eval(), load_tokenizer(run.data.tokenizer.kind, place)

@@ -1,0 +1,31 @@
+"""RMSNorm, computed in fp32 whatever the type of its input.
+
+Used before every block and inside the attentions (per head, on queries, keys and outputs).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def upcast(x: Tensor) -> Tensor:
+    """fp32, or fp64 where `x` already is: the type of everything that must not lose precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich,
+    arXiv:1910.07467).
+
+    `forward` takes [..., width] and returns the same shape and type.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.weight.kind = "norm"  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(upcast(x).dtype)
+        return F.rms_norm(upcast(x), weight.shape, weight, self.eps).to(x.dtype)

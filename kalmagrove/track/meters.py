@@ -1,0 +1,433 @@
+"""The observer of a training: measures, prices and writes down what the loop reports.
+
+`kalmagrove.engine.fit` calls it on every rank. Between lines it only adds on the device; every
+`track.every` steps it fetches once, reduces over the data-parallel ranks, and rank 0 writes one
+ledger line, which console and W&B show.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from rich.console import Console as RichConsole
+from torch import Tensor
+
+from kalmagrove.config import Run
+from kalmagrove.track.console import Console
+from kalmagrove.track.cost import Cost, Spent, process_age
+from kalmagrove.track.ledger import Event, Ledger, Line
+from kalmagrove.track.model_metrics import pack_metrics, to_scalars
+from kalmagrove.track.records import StepRecord
+from kalmagrove.track.summary import Facts, bits_per_byte, results_table, summarize, write_summary
+from kalmagrove.track.wandb_sink import WandbSink
+
+
+class Group(Protocol):
+    """What is needed of a `kalmagrove.parallel.Group`."""
+
+    @property
+    def handle(self) -> dist.ProcessGroup | None: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+
+class Groups(Protocol):
+    """What is needed of `kalmagrove.parallel.Groups`."""
+
+    @property
+    def world(self) -> Group: ...
+    @property
+    def dp(self) -> Group: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+@dataclass
+class Window:
+    """Sums since the last ledger line. `loss` lies on the device."""
+
+    loss: Tensor
+    counted: int = 0  # steps in `loss`
+    skipped: int = 0
+    steps: int = 0
+    train_seconds: float = 0.0  # without evaluations and checkpoints
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, record: StepRecord) -> None:
+        self.steps += 1
+        if record.skipped:
+            self.skipped += 1  # its loss is not finite: one such would hide all others
+        else:
+            self.loss += record.loss.detach()
+            self.counted += 1
+        for name, value in record.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+
+
+class Meters:
+    """See the module. Made by `build_meters`; all ranks make the same calls in the same order."""
+
+    def __init__(
+        self,
+        run: Run,
+        run_dir: Path,
+        groups: Groups,
+        facts: Facts,
+        cost: Cost,
+        *,
+        started: float,
+        clock: Callable[[], float],
+        now: Callable[[], datetime],
+        screen: RichConsole | None,
+    ) -> None:
+        self._run, self._dir, self._groups = run, run_dir, groups
+        self._facts, self._cost = facts, cost
+        self._clock, self._started = clock, started
+        self._main = groups.world.rank == 0
+        self._before = Spent()  # what earlier sessions cost
+        self._lost = 0.0  # device-seconds of lost work, all sessions
+        self._resumed: dict[str, Any] | None = None
+        self._step = self._tokens = 0
+        self._val_loss: float | None = None
+        self._grad_norm: Tensor | float | None = None
+        self._record: StepRecord | None = None
+        self._window = self._new_window()
+        self._window_tokens = 0
+        self._mark = clock()
+        self._pace: tuple[int, float] | None = None  # step and time from which speed is reckoned
+        self._stopped = False
+        self._wandb: WandbSink | None = None
+        if self._main:
+            self._ledger = Ledger(run_dir / "ledger.jsonl", clock=clock, now=now)
+            history = self._ledger.history()
+            self._before, self._lost = history.spent, history.lost.device_seconds
+            title = f"{facts.run}  {facts.params_total / 1e6:,.1f}M parameters"
+            if facts.params_active != facts.params_total:
+                title += f", {facts.params_active / 1e6:,.1f}M active"
+            self._console = Console(
+                run.track.console, title, run.steps, run_dir / "console.log", screen
+            )
+
+    # What the loop calls
+
+    def start(self, step: int, tokens: int) -> None:
+        """Open the session: after a resume, before the first step."""
+        self._step, self._tokens = step, tokens
+        self._window, self._window_tokens = self._new_window(), tokens
+        self._pace = None
+        if self._main:
+            self._open_session(step, tokens)
+            self._console.start(step)
+        self._mark = self._clock()
+
+    def step(self, record: StepRecord) -> None:
+        """Count a step; writes a line every `track.every` steps and at the last."""
+        self._record, self._step, self._tokens = record, record.step, record.tokens
+        self._window.add(record)
+        if not record.skipped:
+            self._grad_norm = record.grad_norm
+        if record.step % self._run.track.every == 0 or record.step >= self._run.steps:
+            self._flush()
+        else:
+            self._count_training()
+            if self._main:
+                self._console.progress(record.step)
+
+    def evaluated(self, step: int, tokens: int, nats: float) -> None:
+        """Note a held-out loss, in nats per token."""
+        seconds = self._pause()
+        self._val_loss = nats
+        bits = bits_per_byte(nats, self._facts.val_bytes_per_token)
+        self._note(
+            "eval", step, tokens, val_loss=nats, val_bits_per_byte=bits, seconds=round(seconds, 3)
+        )
+
+    def checkpointed(self, step: int, tokens: int, path: Path, seconds: float) -> None:
+        """Note a saved checkpoint. Closes the averages: a resumed run's lines will be the same."""
+        self._pause()
+        if self._window.steps:
+            self._flush()
+        self._note("checkpoint", step, tokens, path=self._place(path), seconds=round(seconds, 3))
+
+    def skipped(self, step: int, reason: str) -> None:
+        """Note a step without an update."""
+        self._note("skip", step, self._tokens, reason=reason)
+
+    def stop(self, status: str, **facts: Any) -> None:
+        """Close the run: last line, summary.json and results table. A second call does nothing.
+
+        Args:
+            status: done | stopped | failed. After a failure no other rank is waited for.
+            facts: JSON values for the last line and the summary; `step`, if given, is the last one.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
+        self._step = facts.pop("step", self._step)
+        if self._window.steps and status != "failed":
+            self._flush()
+        if not self._main:
+            return
+        self._console.stop()
+        self._note("stop", self._step, self._tokens, status=status, unit=self._cost.unit, **facts)
+        summary = summarize(self._ledger.history(), self._facts, status=status, **facts)
+        write_summary(self._dir, summary)
+        if summary["val_loss_nats"] is not None and status == "done":
+            self._console.show(results_table(summary))
+        if self._wandb:
+            folder = self._wandb.folder
+            self._wandb.close(summary, exit_code=int(status == "failed"))
+            if folder:
+                self._console.note(f"W&B, offline: wandb sync {folder}")
+        self._console.close()
+        self._ledger.close()
+
+    @property
+    def spent(self) -> Spent:
+        """Up to this moment, earlier sessions and lost work included. Exact on rank 0."""
+        return self._before.plus(self._cost, self._clock() - self._started)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ledger's position and the cost so far, for a checkpoint."""
+        spent = self.spent
+        return {
+            "lines": self._ledger.lines if self._main else 0,
+            "bytes": self._ledger.bytes if self._main else 0,
+            "device_seconds": spent.device_seconds,
+            "lost_device_seconds": self._lost,
+            "usd": None if spent.usd is None else float(round(spent.usd, 6)),
+            "val_loss": self._val_loss,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint; call before `start`, which reckons what was lost since."""
+        self._resumed = dict(state)
+        self._val_loss = state["val_loss"]
+
+    # How it does it
+
+    def _open_session(self, step: int, tokens: int) -> None:
+        """Write `start` or `resume`, with what was lost since the checkpoint that is continued."""
+        reached = self._ledger.history().reached
+        old = self._resumed
+        if old and old["device_seconds"] > self._before.device_seconds:
+            # The checkpoint knows more: another folder's, or a kill right after the save.
+            usd = None if old["usd"] is None else Decimal(str(old["usd"]))
+            self._before = Spent(old["device_seconds"], usd)
+            self._lost = old["lost_device_seconds"]
+        lasted = self._before.device_seconds - self._lost
+        if old:
+            lasted = old["device_seconds"] - old["lost_device_seconds"]
+        elif step == 0:
+            lasted = 0.0
+        lost = max(0.0, self._before.device_seconds - self._lost - lasted)
+        self._lost += lost
+        self._note(
+            "resume" if step else "start",
+            step,
+            tokens,
+            lost_steps=max(0, reached[0] - step),
+            lost_tokens=max(0, reached[1] - tokens),
+            lost_device_seconds=round(lost, 3),
+            run=self._facts.run,
+            world_size=self._facts.world_size,
+            devices=self._cost.devices,
+            unit=self._cost.unit,
+            price=self._price_text(),
+            usd_per_device_hour=self._cost.usd_per_device_hour,
+            flops_per_token=self._facts.flops_per_token,
+        )
+        track = self._run.track
+        self._wandb = WandbSink(
+            track.wandb,
+            self._dir,
+            self._facts.run,
+            project=track.project,
+            entity=track.entity,
+            config=self._run.model_dump(mode="json"),
+            history=self._ledger.history().effective(),
+        )
+
+    def _place(self, path: Path) -> str:
+        """Relative to the run folder, which may be moved."""
+        return str(path.relative_to(self._dir) if path.is_relative_to(self._dir) else path)
+
+    def _price_text(self) -> str:
+        rate = self._cost.usd_per_device_hour
+        if rate is None:
+            return "unknown"
+        return f"${rate:g} a {self._cost.unit}-hour ({self._run.price.name})"
+
+    def _flush(self) -> None:
+        """Write the line of the steps since the last one. Collective over data-parallel ranks."""
+        assert self._record is not None
+        record, window = self._record, self._window
+        figures = self._fetch(record, window)
+        self._count_training()  # after the fetch, which waits for the device
+        rate = (record.tokens - self._window_tokens) / max(window.train_seconds, 1e-9)
+        left = self._seconds_left(record.step)
+        self._window, self._window_tokens = self._new_window(), record.tokens
+        if not self._main:
+            return
+        whole = None if left is None else self.spent.plus(self._cost, left).usd
+        self._note(
+            "step",
+            record.step,
+            record.tokens,
+            lr=record.lr,
+            val_loss=self._val_loss,
+            averaged=window.counted,
+            skipped=window.skipped,
+            tokens_per_s=round(rate, 3),
+            train_seconds=round(window.train_seconds, 6),
+            step_seconds=round(window.train_seconds / window.steps, 6),
+            seconds_split={name: round(s, 6) for name, s in window.seconds.items()},
+            seconds_left=None if left is None else round(left, 1),
+            usd_projected=None if whole is None else float(round(whole, 6)),
+            mfu=self._mfu(rate),
+            **figures,
+        )
+
+    def _fetch(self, record: StepRecord, window: Window) -> dict[str, Any]:
+        """One transfer from the device: mean loss, gradient norm, metrics; and peak memory."""
+        device = self._groups.device
+        norm = float("nan") if self._grad_norm is None else self._grad_norm
+        layout, packed = pack_metrics(
+            {
+                "loss": window.loss,
+                "counted": torch.tensor(float(window.counted)),
+                "grad_norm": torch.as_tensor(norm),
+                **{f"model/{name}": value for name, value in record.model_metrics().items()},
+            },
+            device,
+        )
+        dp = self._groups.dp
+        memory = torch.tensor(float(peak_memory(device)), dtype=torch.float64, device=device)
+        if dp.size > 1:
+            dist.all_reduce(packed, op=dist.ReduceOp.SUM, group=dp.handle)
+            dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=dp.handle)
+        values = layout.unpack((packed / dp.size).cpu())
+        loss, counted = values.pop("loss").item(), values.pop("counted").item()
+        grad_norm = values.pop("grad_norm").item()
+        model = to_scalars({name.removeprefix("model/"): v for name, v in values.items()})
+        return {
+            "loss": loss / counted if counted else None,
+            "grad_norm": grad_norm,
+            "peak_memory": int(memory.item()),
+            "load_cv": model.get("load_cv"),
+            "out_of_range": model.get("out_of_range"),
+            "model": model,
+        }
+
+    def _note(self, event: Event, step: int, tokens: int, **facts: Any) -> Line | None:
+        """One event to ledger, console and W&B; rank 0 only."""
+        if not self._main:
+            return None
+        line = self._ledger.write(event, step, tokens, self.spent, **facts)
+        self._console.line(line)
+        if self._wandb:
+            self._wandb.log(line)
+        return line
+
+    def _count_training(self) -> None:
+        now = self._clock()
+        self._window.train_seconds += now - self._mark
+        self._mark = now
+        if self._pace is None:  # the first step compiles and warms up: it says little of the others
+            self._pace = self._step, now
+
+    def _pause(self) -> float:
+        """Seconds since the last call that were not training."""
+        now = self._clock()
+        seconds, self._mark = now - self._mark, now
+        return seconds
+
+    def _seconds_left(self, step: int) -> float | None:
+        """By the session's mean pace, evaluations and checkpoints included."""
+        remaining = self._run.steps - step
+        if remaining <= 0:
+            return 0.0
+        if self._pace is None or step <= self._pace[0]:
+            return None
+        first, since = self._pace
+        return (self._clock() - since) / (step - first) * remaining
+
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        peak = self._run.price.peak_tflops
+        if peak is None or self._cost.unit != "gpu":
+            return None
+        return round(
+            tokens_per_s * self._facts.flops_per_token / (peak * 1e12 * self._cost.devices), 4
+        )
+
+    def _new_window(self) -> Window:
+        return Window(torch.zeros((), dtype=torch.float64, device=self._groups.device))
+
+
+def build_meters(
+    run: Run,
+    run_dir: Path,
+    groups: Groups,
+    *,
+    params_total: int,
+    params_active: int,
+    flops_per_token: float,
+    val_bytes_per_token: float | None = None,
+    baselines: Mapping[str, float | None] | None = None,
+    started: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    screen: RichConsole | None = None,
+) -> Meters:
+    """Open the run folder's ledger and console. A collective call: every rank makes it.
+
+    Args:
+        groups: a `kalmagrove.parallel.Groups`.
+        flops_per_token: model FLOPs of a training step, for the utilisation (`track.flops`).
+        val_bytes_per_token: held-out UTF-8 bytes per predicted token.
+        baselines: `unigram_nats` and `bigram_nats` of the held-out split.
+        started: the `clock`'s reading when the run began to cost; None: this process's start.
+        screen: where the console shows; None: stdout.
+    """
+    threads = torch.tensor(torch.get_num_threads(), device=groups.device)
+    world = groups.world
+    if world.size > 1:
+        dist.all_reduce(threads, op=dist.ReduceOp.SUM, group=world.handle)
+    cost = Cost.of(run.price, groups.device.type, world.size, int(threads.item()))
+    facts = Facts(
+        run=run.run_name,
+        params_total=params_total,
+        params_active=params_active,
+        flops_per_token=flops_per_token,
+        world_size=world.size,
+        devices=cost.devices,
+        unit=cost.unit,
+        price=run.price.name,
+        usd_per_device_hour=cost.usd_per_device_hour,
+        device=groups.device,
+        baselines=baselines or {},
+        val_bytes_per_token=val_bytes_per_token,
+    )
+    if started is None:
+        started = clock() - process_age()
+    return Meters(
+        run, run_dir, groups, facts, cost, started=started, clock=clock, now=now, screen=screen
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most torch held on a GPU, or this process of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024

@@ -1,0 +1,194 @@
+"""What remains of a run: `summary.json`, and the table that sets its loss beside n-gram baselines.
+
+Written by `Meters.stop` out of the ledger; read by people, scripts and comparisons between runs.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import kalmagrove
+from kalmagrove.config import KalmaGroveError
+from kalmagrove.track.ledger import History, Line
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the summary needs beside the ledger."""
+
+    run: str
+    params_total: int
+    params_active: int
+    flops_per_token: float
+    world_size: int
+    devices: int
+    unit: str
+    price: str
+    usd_per_device_hour: float | None
+    device: torch.device
+    baselines: Mapping[str, float | None] = field(default_factory=dict)
+    val_bytes_per_token: float | None = None
+
+
+def summarize(history: History, facts: Facts, *, status: str, **more: Any) -> dict[str, Any]:
+    """The run in one flat dictionary. Unknown figures are None.
+
+    val_loss_nats is the last evaluation's, in nats per token; val_bits_per_byte the same per byte
+    of held-out text, comparable between tokenizers. tokens_per_s counts training alone, without
+    evaluations and checkpoints; device_seconds and usd count everything, lost work too.
+    """
+    evals = history.series("eval")
+    val = evals[-1]["val_loss"] if evals else None
+    best = min((line["val_loss"] for line in evals if line["val_loss"] is not None), default=None)
+    steps, tokens = history.reached
+    spent, lost = history.spent, history.lost
+    return {
+        **more,
+        "status": status,
+        "run": facts.run,
+        "steps": steps,
+        "tokens": tokens,
+        "train_loss_nats": _last(history.series("step"), "loss"),
+        "val_loss_nats": val,
+        "best_val_loss_nats": best,
+        "val_bits_per_byte": bits_per_byte(val, facts.val_bytes_per_token),
+        "val_bytes_per_token": facts.val_bytes_per_token,
+        "unigram_nats": facts.baselines.get("unigram_nats"),
+        "bigram_nats": facts.baselines.get("bigram_nats"),
+        "tokens_per_s": throughput(history.series("step")),
+        "mfu": _last(history.series("step"), "mfu"),
+        "peak_memory": max(
+            (line["peak_memory"] for line in history.series("step") if line.get("peak_memory")),
+            default=None,
+        ),
+        "device_seconds": spent.device_seconds,
+        "usd": None if spent.usd is None else float(spent.usd),
+        "lost_steps": lost.steps,
+        "lost_device_seconds": lost.device_seconds,
+        "sessions": history.sessions,
+        "params_total": facts.params_total,
+        "params_active": facts.params_active,
+        "flops_per_token": facts.flops_per_token,
+        "world_size": facts.world_size,
+        "devices": facts.devices,
+        "device_unit": facts.unit,
+        "price": facts.price,
+        "usd_per_device_hour": facts.usd_per_device_hour,
+        "commit": code_version(),
+        "versions": versions(),
+        "machine": machine(facts.device),
+    }
+
+
+def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:
+    """Write `summary.json` whole or not at all; returns its path.
+
+    Raises:
+        KalmaGroveError: if the file cannot be written (a full disk).
+    """
+    path = run_dir / "summary.json"
+    part = path.with_suffix(".json.part")
+    try:
+        part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise KalmaGroveError(
+            f"{path} cannot be written ({error.strerror}); the ledger beside it is whole"
+        ) from error
+    return path
+
+
+def results_table(summary: Mapping[str, Any]) -> Table:
+    """Held-out loss of the model beside the n-gram baselines of the same split."""
+    table = Table(title="Held-out loss", title_justify="left")
+    table.add_column("")
+    table.add_column("nats/token", justify="right")
+    table.add_column("bits/byte", justify="right")
+    for name, key in (
+        (summary["run"], "val_loss_nats"),
+        ("bigram", "bigram_nats"),
+        ("unigram", "unigram_nats"),
+    ):
+        nats = summary[key]
+        bits = bits_per_byte(nats, summary["val_bytes_per_token"])
+        table.add_row(name, *("-" if x is None else f"{x:.4f}" for x in (nats, bits)))
+    return table
+
+
+def bits_per_byte(nats: float | None, bytes_per_token: float | None) -> float | None:
+    """Nats per token as bits per byte of text; None if either is unknown."""
+    if nats is None or not bytes_per_token:
+        return None
+    return nats / math.log(2) / bytes_per_token
+
+
+def throughput(steps: list[Line]) -> float | None:
+    """Tokens a second of training, over the given step lines weighted by their length."""
+    seconds = sum(line["train_seconds"] for line in steps)
+    tokens = sum(line["tokens_per_s"] * line["train_seconds"] for line in steps)
+    return tokens / seconds if seconds else None
+
+
+def code_version() -> str:
+    """The commit of the running code, `-dirty` if changed; outside git the package version."""
+    package = Path(kalmagrove.__file__).parent
+
+    def git(*command: str) -> str:
+        result = subprocess.run(
+            ["git", "-C", str(package), *command],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+        return result.stdout.strip()
+
+    try:
+        # A package installed below somebody's repository is not part of it.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    except (OSError, subprocess.SubprocessError):
+        return kalmagrove.__version__
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide a result."""
+    found = {"python": platform.python_version(), "kalmagrove": kalmagrove.__version__}
+    for name in ("torch", "deepspeed", "megatron-core", "transformers", "tokenizers", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The first rank's machine."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"host": platform.node(), "cpu": _cpu_name(), "cores": os.cpu_count(), "gpu": gpu}
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _last(lines: list[Line], key: str) -> Any:
+    return lines[-1].get(key) if lines else None

@@ -1,0 +1,153 @@
+"""Every file under conf/ composes and validates; what cannot work is refused in one line."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kalmagrove.cli.compose import compose_tree, conf_dir
+from kalmagrove.config import ConfigError, Generate, Prepare, load, validate
+
+pytestmark = pytest.mark.unit
+OPTIONS = sorted(p.relative_to(conf_dir()) for p in conf_dir().glob("*/*.yaml"))
+VERBS = {"train": load, "prepare": lambda t: validate(Prepare, t), "generate": lambda t: validate(Generate, t)}
+NEEDS = {  # options that only make sense with something the user gives
+    "data/text": ["data.source.paths=[a.txt]"],
+    "data/jsonl": ["data.source.paths=[a.jsonl]"],
+    "data/parquet": ["data.source.paths=[a.parquet]"],
+}
+
+
+@pytest.fixture(scope="module")
+def tree() -> dict:
+    return compose_tree("train", ["model=kan_tiny"])
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_every_option_composes_and_validates(option: Path) -> None:
+    name = str(option.with_suffix(""))
+    group, _, choice = name.partition("/")
+    run = load(compose_tree("train", [f"{group}={choice}", *NEEDS.get(name, [])]))
+    assert run.model.layers > 0
+
+
+def test_every_top_level_file_is_a_verb() -> None:
+    files = {p.stem for p in conf_dir().glob("*.yaml")}
+    assert files == set(VERBS)
+    for name, validator in VERBS.items():
+        validator(compose_tree(name, []))
+
+
+def test_no_yaml_hides_from_the_tests() -> None:
+    assert {p for p in conf_dir().rglob("*.yaml")} == {
+        conf_dir() / p for p in [*OPTIONS, *(Path(f"{v}.yaml") for v in VERBS)]
+    }
+
+
+def test_yaml_covers_every_field_of_a_model(tree: dict) -> None:
+    """A preset names every key, so that `--cfg job` shows all that can be set."""
+    run = load(tree)
+    assert set(yaml.safe_load(yaml.safe_dump(tree["model"]))) == set(run.model.model_dump())
+    for kind, block in tree["model"]["attention"].items():
+        if kind != "pattern":
+            assert set(block) == set(getattr(run.model.attention, kind).model_dump()), kind
+    for kind, block in tree["model"]["ffn"].items():
+        if kind != "pattern":
+            assert set(block) == set(getattr(run.model.ffn, kind).model_dump()), kind
+
+
+REFUSED = [
+    ({"model.layers": 2.5}, "model.layers=2.5 should be a valid integer"),
+    ({"model.layers": True}, "model.layers=True should be a valid integer"),
+    ({"model.layers": "4"}, "model.layers='4' should be a valid integer"),
+    ({"model.ffn.kan.topk": 4}, "model.ffn.kan.topk=4 is not a known key; did you mean top_k?"),
+    ({"model.ffn.kan.top_k": 99}, "model.ffn.kan.top_k=99 must be at most model.ffn.kan.edges=32"),
+    (
+        {"model.ffn.pattern": ["grove"], "model.ffn.grove.top_g": 9},
+        "model.ffn.grove.top_g=9 must be at most model.ffn.grove.groves=4",
+    ),
+    (
+        {"model.ffn.pattern": ["moe"], "model.ffn.moe.top_k": 9},
+        "model.ffn.moe.top_k=9 must be at most model.ffn.moe.experts=8",
+    ),
+    (
+        {"model.attention.ada.heads": 5},
+        "model.attention.ada.heads=5 must divide model.d_model=64; try 4 or 8",
+    ),
+    (
+        {"model.attention.softmax.heads": 3},
+        "model.attention.softmax.heads=3 must divide model.d_model=64; try 2 or 4",
+    ),
+    (
+        {"model.attention.softmax.heads": 4, "model.attention.softmax.kv_heads": 3},
+        "model.attention.softmax.kv_heads=3 must divide model.attention.softmax.heads=4",
+    ),
+    ({"model.attention.pattern": []}, "model.attention.pattern"),
+    ({"model.attention.pattern": ["linear"]}, "should be 'ada', 'softmax' or 'mla'"),
+    ({"batch.tokens": 5000}, "batch.tokens=5000 must be a multiple of data.seq_len=512"),
+    ({"schedule.warmup": 5000}, "schedule.warmup=5000 must be at most steps=1000"),
+    ({"optim.lr": 0.0}, "optim.lr=0.0 should be greater than 0"),
+    ({"zero.stage": 4}, "zero.stage=4 should be 0, 1, 2 or 3"),
+    ({"zero.stage": 0, "engine.precision": "bf16"}, "zero.stage=0 gives a wrong gradient norm"),
+    ({"parallel.tp": 2}, "parallel.tp=2 is not implemented yet"),
+    ({"data.source.kind": "jsonl"}, "data.source.paths=[] must name files or globs"),
+    ({"data.tokenizer.kind": "auto"}, "data.tokenizer.name=null must name a tokenizer"),
+    ({"data.format": "messages"}, "data.format=messages needs rows with messages"),
+    ({"steps": None}, "steps=None should be a valid integer"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[m.split(" ")[0] for _, m in REFUSED])
+def test_what_cannot_work_is_refused(tree: dict, change: dict, message: str) -> None:
+    changed = copy.deepcopy(tree)
+    for key, value in change.items():
+        *home, last = key.split(".")
+        node = changed
+        for part in home:
+            node = node[part]
+        node[last] = value
+    with pytest.raises(ConfigError) as error:
+        load(changed)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert ";" in str(error.value), "an error names a remedy"
+
+
+def test_batch_must_divide_over_the_ranks(tree: dict) -> None:
+    run = load(tree | {"batch": {"tokens": 6144, "micro": 4}})
+    run.check_world(1)
+    assert run.accumulation(1) == 3
+    with pytest.raises(ConfigError, match=r"data-parallel ranks=2 = 4096; try 4096 or 8192"):
+        run.check_world(2)
+
+
+def test_a_run_is_frozen_and_named_after_what_decides_its_result(tree: dict) -> None:
+    run = load(tree)
+    with pytest.raises(ValueError, match="frozen"):
+        run.steps = 3
+    assert load(tree | {"dir": "elsewhere"}).run_name == run.run_name
+    assert load(tree | {"seed": 1}).run_name != run.run_name
+    assert load(tree | {"name": "mine"}).run_name == "mine"
+
+
+def test_vocabulary_follows_the_tokenizer(tree: dict) -> None:
+    run = load(tree)
+    assert run.with_vocab(1000).model.vocab_size == 1024
+    small = copy.deepcopy(tree)
+    small["model"]["vocab_size"] = 512
+    with pytest.raises(ConfigError, match=r"model.vocab_size=512 must hold the tokenizer's 1000"):
+        load(small).with_vocab(1000)
+
+
+def test_rank_table_must_fit_the_layers(tree: dict) -> None:
+    tree = copy.deepcopy(tree)
+    ada = tree["model"]["attention"]["ada"]
+    ada["qk_rank"] = [[32, 16], [16, 16], [8, 8]]
+    assert load(tree).model.attention.ada.qk_rank == ((32, 16), (16, 16), (8, 8))
+    ada["qk_rank"] = [[32, 16]]
+    with pytest.raises(ConfigError, match="3 ADA layers"):
+        load(tree)
+    ada["qk_rank"] = 7
+    with pytest.raises(ConfigError, match="must be even"):
+        load(tree)

@@ -1,0 +1,116 @@
+"""Building feed-forwards from the configuration, and counting them without building."""
+
+import logging
+
+import pytest
+import torch
+
+from kalmagrove.config import (
+    ADA,
+    FFN,
+    KAN,
+    MLA,
+    Attention,
+    ConfigError,
+    Dense,
+    Edge,
+    Grove,
+    Model,
+    MoE,
+    Softmax,
+)
+from kalmagrove.nn import ffn as ffn_module
+from kalmagrove.nn.ffn import FFNOutput, build_ffn, count_ffn, resolve_backend
+from kalmagrove.parallel import Groups
+
+pytestmark = pytest.mark.unit
+
+KINDS = ("dense", "moe", "kan", "grove")
+
+
+def model(basis: str = "bspline", base: str = "silu", shared: bool = True) -> Model:
+    kan = KAN(edges=12, top_k=3, rank=4, edge=Edge(basis=basis, base=base, degree=3, grid=5))
+    return Model(
+        name="tiny",
+        d_model=16,
+        layers=4,
+        attention=Attention(
+            pattern=("softmax",),
+            ada=ADA(heads=2),
+            softmax=Softmax(heads=2, kv_heads=1),
+            mla=MLA(heads=2, kv_rank=4, nope_dim=4, rope_dim=4, v_dim=4),
+        ),
+        ffn=FFN(
+            pattern=KINDS,
+            dense=Dense(hidden=24),
+            moe=MoE(experts=6, top_k=2, hidden=8, shared_hidden=5 if shared else 0),
+            kan=kan,
+            grove=Grove(groves=4, top_g=2, edge_manifold=3, shared=shared, kan=kan),
+        ),
+    )
+
+
+@pytest.mark.parametrize("layer", range(4), ids=KINDS)
+@pytest.mark.parametrize("basis", ["bspline", "chebyshev1", "rational", "piecewise_linear"])
+@pytest.mark.parametrize(("base", "shared"), [("silu", True), ("none", False)])
+def test_counts_are_those_of_the_built_module(
+    layer: int, basis: str, base: str, shared: bool
+) -> None:
+    config = model(basis, base, shared)
+    built = build_ffn(config, layer, Groups.single())
+    total, active = count_ffn(config, layer)
+    assert total == sum(p.numel() for p in built.parameters())
+    assert active == total if layer == 0 else active < total
+
+
+def test_active_counts_are_the_parts_one_token_uses() -> None:
+    config = model()
+    kan = 12 * 16 + 12 * (5 + 3) + 12 + 3 * 2 * 4 * 16
+    assert count_ffn(config, 1).active == (2 * 8 + 5) * 3 * 16 + 6 * 16
+    assert count_ffn(config, 2).active == kan
+    assert count_ffn(config, 3).active == 3 * kan + 4 * (3 * 16 + 16 + 1)
+
+
+@pytest.mark.parametrize("layer", range(4), ids=KINDS)
+def test_every_kind_keeps_the_contract(layer: int) -> None:
+    torch.manual_seed(0)
+    built = build_ffn(model(), layer, Groups.single())
+    built.init_weights(0.02, 0.01)
+    for dtype in (torch.float32, torch.bfloat16):
+        built = built.to(dtype)
+        out = built(torch.randn(2, 5, 16).to(dtype))
+        assert isinstance(out, FFNOutput)
+        assert out.y_BTD.shape == (2, 5, 16)
+        assert out.y_BTD.dtype == dtype
+        assert out.y_BTD.isfinite().all()
+        assert out.aux_loss.shape == ()
+        assert out.aux_loss.dtype == torch.float32
+        assert all(not m.requires_grad for m in built.metrics.values())
+    for name, p in built.named_parameters():
+        spline = "edge." in name
+        assert p.kind == ("spline" if spline else "matrix" if p.ndim >= 2 else "bias"), name
+
+
+def test_same_seed_same_weights() -> None:
+    first, second = (build_ffn(model(), 3, Groups.single()) for _ in range(2))
+    for module in (first, second):
+        torch.manual_seed(3)
+        module.init_weights(0.02, 0.01)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_kernels_asked_for_and_missing_are_refused(backend: str) -> None:
+    config = model().model_copy(update={"backend": backend})
+    with pytest.raises(ConfigError, match=rf"model.backend={backend} is not available"):
+        build_ffn(config, 2, Groups.single())
+
+
+def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
+    ffn_module._automatic_backend.cache_clear()
+    with caplog.at_level(logging.INFO, logger=ffn_module.__name__):
+        assert resolve_backend("auto") == "reference"
+        assert resolve_backend("auto") == "reference"
+    assert len(caplog.records) == 1
+    assert "reference" in caplog.text

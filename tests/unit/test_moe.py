@@ -1,0 +1,94 @@
+"""The mixture of experts and the dense SwiGLU against plain loops."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kalmagrove.config import MoE
+from kalmagrove.nn.baselines import DenseFFN, MoEFFN
+from kalmagrove.parallel import Groups
+
+pytestmark = pytest.mark.unit
+
+
+def layer(**changes: object) -> MoEFFN:
+    torch.manual_seed(0)
+    sizes = {"experts": 5, "top_k": 2, "hidden": 6, "shared_hidden": 7, "scale": 1.5}
+    module = MoEFFN(8, MoE(**{**sizes, **changes}))
+    module.init_weights(0.5, 0.5)
+    return module
+
+
+def by_hand(module: MoEFFN, x_ND: Tensor) -> Tensor:
+    rows = []
+    for x in x_ND:
+        affinity = torch.sigmoid(module.router @ x)
+        chosen = (affinity + module.bias).argsort(descending=True)[: module.config.top_k]
+        total = affinity[chosen].sum()
+        y = module.shared(x).y_BTD if module.shared is not None else torch.zeros_like(x)
+        for i in chosen:
+            hidden = F.silu(module.gate[i] @ x) * (module.up[i] @ x)
+            y = y + module.config.scale * affinity[i] / total * (module.down[i] @ hidden)
+        rows.append(y)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("shared_hidden", [0, 7])
+def test_moe_is_the_naive_loop_with_every_gradient(shared_hidden: int) -> None:
+    module = layer(shared_hidden=shared_hidden).double()
+    module.bias.copy_(torch.tensor([0.3, 0.0, -0.2, 0.1, 0.0]))
+    x = torch.randn(1, 13, 8, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *module.parameters()]
+    ours, expected = module(x).y_BTD[0], by_hand(module, x[0])
+    torch.testing.assert_close(ours, expected)
+    weight = torch.randn_like(ours)
+    grads = torch.autograd.grad((ours * weight).sum(), leaves)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), leaves)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_empty_experts_have_zero_gradients() -> None:
+    module = layer()
+    module.bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0, 0.0]))
+    module(torch.randn(1, 3, 8)).y_BTD.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    assert module.up.grad[0].any()
+    assert not module.up.grad[2:].any()
+
+
+def test_balance_is_the_sign_rule() -> None:
+    module = layer(bias_rate=0.5)
+    module(torch.randn(1, 40, 8))
+    load = module.load.clone()
+    module.balance(Groups.single())
+    assert torch.equal(module.bias, 0.5 * torch.sign(load.mean() - load))
+
+
+def test_metrics_measure_how_even_the_load_is() -> None:
+    module = layer()
+    module.bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0, 0.0]))
+    module(torch.randn(1, 3, 8))
+    assert module.metrics["load"].tolist() == [0.5, 0.5, 0.0, 0.0, 0.0]
+    assert float(module.metrics["load_max"]) == pytest.approx(2.5)
+    assert float(module.metrics["load_cv"]) == pytest.approx((0.06**0.5) / 0.2)
+
+
+def test_bf16_is_close_to_fp32() -> None:
+    module = layer(top_k=5)
+    x = torch.randn(1, 9, 8)
+    expected = module(x).y_BTD
+    ours = module.bfloat16()(x.bfloat16()).y_BTD
+    assert module.bias.dtype == torch.float32
+    assert float((ours.float() - expected).norm() / expected.norm()) < 0.02
+
+
+def test_dense_is_swiglu() -> None:
+    torch.manual_seed(0)
+    dense = DenseFFN(4, 6)
+    dense.init_weights(1.0, 1.0)
+    x = torch.randn(1, 3, 4)
+    expected = (F.silu(x @ dense.gate.T) * (x @ dense.up.T)) @ dense.down.T
+    torch.testing.assert_close(dense(x).y_BTD, expected)
+    assert dense(x).aux_loss.dtype == torch.float32
