@@ -94,6 +94,8 @@ def hydra_app(
     program, sys.argv = sys.argv, [f"kalmagrove {config_name}", *argv]
     try:
         app()
+    except SystemExit as end:  # Hydra's way to leave after --help and after its own errors
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         sys.argv = program
     return code
@@ -119,11 +121,11 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> ConfigError:
             group[0], group[2], "is not an option", f"try {', '.join(lines[start + 1 : end])}"
         )
     for word in overrides:
-        key, _, value = word.lstrip("+~").partition("=")
-        if key and key in message:
-            rule = "is not a known key"
-            return ConfigError(key, value, rule, f"`kalmagrove train --cfg job` lists all ({message})")
-    for word in overrides:
         if "=" not in word:
             return ConfigError("argument", repr(word), "is not of the form key=value")
+    for word in overrides:
+        key, _, value = word.lstrip("+~").partition("=")
+        if key and key in message:
+            remedy = f"`kalmagrove train --cfg job` lists all ({message})"
+            return ConfigError(key, value, "is not a known key", remedy)
     return ConfigError("overrides", " ".join(overrides), f"cannot be composed: {message}")

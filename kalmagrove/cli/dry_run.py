@@ -32,8 +32,9 @@ def describe(run: Run, world_size: int) -> None:
     flops = flops_per_token(run.model, run.data.seq_len).training
     tokens = run.steps * run.batch.tokens
     console.print(
-        f"tokens         {tokens:,} ({run.steps:,} steps of {run.batch.tokens:,}: {dp} data-parallel "
-        f"ranks x {run.accumulation(dp)} micro-batches x {run.batch.micro} rows of {run.data.seq_len})\n"
+        f"tokens         {tokens:,} ({run.steps:,} steps of {run.batch.tokens:,}: "
+        f"{dp} data-parallel ranks x {run.accumulation(dp)} micro-batches x "
+        f"{run.batch.micro} rows of {run.data.seq_len})\n"
         f"model FLOPs    {flops:,.0f} a token in training, {flops * tokens:.3g} in all\n"
         f"vocabulary     {run.model.vocab_size:,} ({vocabulary})\n"
         f"run folder     {run.dir}/{run.run_name}",

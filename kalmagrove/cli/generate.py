@@ -1,4 +1,4 @@
-"""`kalmagrove generate`: text from a checkpoint, by recurrent decoding with constant-size ADA states."""
+"""`kalmagrove generate`: text from a checkpoint, decoded with constant-size ADA states."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from kalmagrove.config import Generate, validate
 
 
 def main(argv: Sequence[str]) -> int:
-    """Generate as `argv` says (Hydra overrides, verbatim `prompt=` words); returns the exit code."""
+    """Generate as `argv` says (overrides, and `prompt=` words verbatim); returns the exit code."""
     prompts = tuple(word[len("prompt=") :] for word in argv if word.startswith("prompt="))
     rest = [word for word in argv if not word.startswith("prompt=")]
 

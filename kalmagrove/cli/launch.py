@@ -19,8 +19,8 @@ def launched_world_size() -> int | None:
     """Processes of the launcher that started this one; None if none did."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ:  # a task of srun, not a shell
-        return int(os.environ["SLURM_NTASKS"])
+    if "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a task of srun
+        return int(os.environ["SLURM_STEP_NUM_TASKS"])
     return None
 
 
@@ -30,7 +30,7 @@ def launched_rank() -> int:
 
 
 def processes_to_start(run: Run) -> int:
-    """`launch.nproc`, with auto resolved: as many GPUs as the batch divides over, else `cpu_nproc`."""
+    """`launch.nproc`; auto is as many GPUs as the batch divides over, else `cpu_nproc`."""
     if run.launch.nproc != "auto":
         return run.launch.nproc
     gpus = visible_gpus()
@@ -65,6 +65,8 @@ def launch(run: Run, config: Path, nproc: int) -> int:
     os.close(handle)
     os.unlink(stop_file)
     environment = os.environ | {"KALMAGROVE_STOP_FILE": stop_file}
+    if not visible_gpus():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
     process = subprocess.Popen(
         [*_launcher(run, nproc), "--module", "kalmagrove", "train", "--config", str(config)],
         env=environment,

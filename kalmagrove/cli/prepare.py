@@ -24,15 +24,16 @@ def _prepare(tree: dict[str, Any]) -> int:
 
 def _describe(prepared: "Prepared") -> str:
     manifest = prepared.manifest
-    lines = [f"{prepared.path}", f"tokenizer  {manifest.tokenizer.kind}, {prepared.vocab_size:,} tokens"]
+    tokenizer = f"tokenizer  {manifest.tokenizer.kind}, {prepared.vocab_size:,} tokens"
+    lines = [str(prepared.path), tokenizer]
     for name, split in (("train", manifest.train), ("held out", manifest.val)):
         lines.append(
             f"{name:10} {split.documents:,} documents, {split.tokens:,} tokens, "
             f"{split.targets:,} with a loss, {split.text_bytes:,} bytes"
         )
     bad = sum(manifest.rows.bad.values())
-    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in manifest.rows.bad.items())
-    lines.append(f"rows       {manifest.rows.read:,} read, {bad:,} bad" + (f" ({reasons})" if bad else ""))
+    reasons = "".join(f"; {reason}: {count:,}" for reason, count in manifest.rows.bad.items())
+    lines.append(f"rows       {manifest.rows.read:,} read, {bad:,} bad{reasons}")
     lines.append(
         f"baselines  unigram {prepared.unigram_nats:.4f}, bigram {prepared.bigram_nats:.4f} "
         "nats a held-out token"

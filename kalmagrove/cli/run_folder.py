@@ -11,7 +11,7 @@ from kalmagrove.config import ConfigError, Run
 
 
 def choose(run: Run) -> Path:
-    """The run's folder. With `checkpoint.resume=never` an existing run stays as it is: a number is added."""
+    """The run's folder. With `checkpoint.resume=never` an existing one is kept: a number is added."""
     base = Path(run.dir).expanduser().resolve() / run.run_name
     if run.checkpoint.resume != "never":
         return base
@@ -36,7 +36,7 @@ def claim(folder: Path, run: Run) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ConfigError(
-            "name", folder.name, f"is being trained by another process ({folder})", "give another name"
+            "name", folder.name, "is being trained by another process", "give another name"
         ) from None
     freeze(folder, run)
     latest = folder.parent / "latest"

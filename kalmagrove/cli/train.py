@@ -4,12 +4,13 @@
 """
 
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalmagrove.cli import launch, run_folder
-from kalmagrove.cli.compose import compose_tree, hydra_app, read_yaml
+from kalmagrove.cli.compose import hydra_app, read_yaml
 from kalmagrove.config import ConfigError, Run, load
 
 if TYPE_CHECKING:  # torch is imported only once the configuration is known to work
@@ -19,7 +20,7 @@ if TYPE_CHECKING:  # torch is imported only once the configuration is known to w
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train as `argv` says (Hydra overrides, `--dry-run`, `--config FILE`); returns the exit code."""
+    """Train as `argv` says (overrides, `--dry-run`, `--config FILE`); returns the exit code."""
     words = list(argv)
     dry_run = "--dry-run" in words
     if dry_run:
@@ -80,6 +81,8 @@ def train_on_this_rank(run: Run) -> int:
     from kalmagrove.parallel import Groups
 
     logging.basicConfig(format="kalmagrove: %(message)s")
+    # DeepSpeed calls collectives under names that torch 2.13 renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     prepared = prepare(run.data, progress=launch.launched_rank() == 0)
     run = run.with_vocab(prepared.vocab_size)
     device = connect(run)
@@ -152,4 +155,6 @@ def _show_sample(run: Run, checkpoint: Path) -> None:
     sample = f"\n{'-' * 40}\n".join(prompt + text for prompt, text in pairs)
     folder = checkpoint.parent.parent
     (folder / "samples" / f"{checkpoint.name}.txt").write_text(sample + "\n", encoding="utf-8")
-    print(f"\nA sample at temperature {run.sample.temperature:g}:\n\n{sample}\n\n{folder}", flush=True)
+    print(
+        f"\nA sample, temperature {run.sample.temperature:g}:\n\n{sample}\n\n{folder}", flush=True
+    )

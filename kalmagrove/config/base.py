@@ -4,6 +4,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """One block of the run description. Hydra composes it, pydantic validates it, nobody changes it."""
+    """One block of the run description: composed by Hydra, validated by pydantic, then frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())

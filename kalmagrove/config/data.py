@@ -49,7 +49,7 @@ class Data(Section):
     val_fraction: float = Field(0.01, gt=0, lt=1)  # of documents, where the source has no split
     seed: int = 0  # of the held-out choice
     cache: str = "~/.cache/kalmagrove/data"
-    workers: PositiveInt | None = None  # tokenizing processes; null: all cores
+    workers: PositiveInt | None = None  # tokenizing threads; null: all cores
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:

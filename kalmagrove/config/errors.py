@@ -1,6 +1,6 @@
 """Errors a user can mend: one line that names the key, the value, the rule and the remedy.
 
-Every other package raises these; `kalmagrove.cli` prints them and leaves with the exit code they carry.
+Every other package raises these; `kalmagrove.cli` prints them and exits with their code.
 """
 
 

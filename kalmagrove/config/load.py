@@ -9,7 +9,6 @@ from kalmagrove.config.base import Section
 from kalmagrove.config.errors import ConfigError
 from kalmagrove.config.run import Run
 
-
 S = TypeVar("S", bound=Section)
 
 

@@ -1,7 +1,7 @@
 """What the model is: sizes, attention and feed-forward kinds, and every switch of the architecture.
 
-Each kind keeps its sizes in a block of its own, so that `ffn=dense` or `attention=softmax` is a whole
-comparison: the pattern changes, the sizes chosen for a fair comparison are already there.
+Each kind keeps its sizes in a block of its own, so that `ffn=dense` or `attention=softmax` is a
+whole comparison: the pattern changes, sizes chosen for a fair comparison are already there.
 """
 
 from typing import Literal, Self
@@ -28,19 +28,19 @@ Backend = Literal["auto", "reference", "triton", "cuda"]
 
 
 class Init(Section):
-    """Normal(0, std); projections into the residual stream are divided by sqrt(2 * layers) if depth_scaled."""
+    """Normal(0, std); into the residual stream divided by sqrt(2 * layers) if depth_scaled."""
 
     std: PositiveFloat = 0.02
     depth_scaled: bool = True
 
 
 class ADA(Section):
-    """Arnold Diffusion Attention (KalmaGrove paper, section 3.2) and the switches that make it learn."""
+    """Arnold Diffusion Attention (KalmaGrove paper, section 3.2) and its switches."""
 
     heads: PositiveInt
     head_dim: PositiveInt | None = None  # width of a value head; null: d_model / heads
     qk_rank: PositiveInt | tuple[tuple[PositiveInt, ...], ...] | None = None
-    # ^ width of a query/key head: null = head_dim; one number; or a table [layer][head] (allocated ranks)
+    # ^ width of a query/key head: null = head_dim; a number; or a table [ADA layer][head] of ranks
     kernel: Literal["cnn", "ode", "none"] = "cnn"  # the key kernel kappa
     taps: PositiveInt = 4
     kernel_activation: Literal["none", "silu"] = "none"
@@ -82,7 +82,7 @@ class MLA(Section):
 
 
 class Attention(Section):
-    """`pattern` is repeated over the layers: [ada, ada, ada, softmax] is three ADA layers to one softmax."""
+    """`pattern` is repeated over the layers: [ada, ada, ada, softmax] is three ADA to one."""
 
     pattern: tuple[AttentionKind, ...] = Field(min_length=1)
     ada: ADA
@@ -98,7 +98,9 @@ class Edge(Section):
     grid: PositiveInt = 8  # intervals (bspline, piecewise_linear) or centres (rbf)
     range: tuple[float, float] = (-3.0, 3.0)  # of pre-activations
     base: Literal["silu", "identity", "none"] = "silu"  # added beside the basis
-    init_scale: float = Field(0.1, ge=0)  # size of the basis part at the start, relative to the base
+    init_scale: float = Field(
+        0.1, ge=0
+    )  # size of the basis part at the start, relative to the base
 
 
 class KAN(Section):
@@ -132,7 +134,7 @@ class Dense(Section):
 
 
 class MoE(Section):
-    """DeepSeek-V3 style experts (arXiv:2412.19437, section 2.1.2): sigmoid router, selection bias, shared expert."""
+    """DeepSeek-V3 experts (arXiv:2412.19437, 2.1.2): sigmoid router, selection bias, shared one."""
 
     experts: PositiveInt
     top_k: PositiveInt
@@ -268,7 +270,7 @@ def _at_most(key: str, value: int, other: str, limit: int) -> None:
 
 def _divides(key: str, value: int, other: str, whole: int) -> None:
     if whole % value:
-        near = [n for n in range(1, whole + 1) if whole % n == 0]
-        near.sort(key=lambda n: abs(n - value))
-        options = " or ".join(str(n) for n in sorted(near[:2]))
+        divisors = [n for n in range(1, whole + 1) if whole % n == 0]
+        near = [max(n for n in divisors if n < value), *[n for n in divisors if n > value][:1]]
+        options = " or ".join(map(str, near))
         raise ConfigError(key, value, f"must divide {other}={whole}", f"try {options}")

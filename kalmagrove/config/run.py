@@ -13,14 +13,14 @@ from kalmagrove.config.model import Model
 
 
 class Batch(Section):
-    """`tokens` a step over all ranks; `micro` sequences a rank holds at once. The rest is accumulated."""
+    """`tokens` a step over all ranks; `micro` sequences a rank holds at once, the rest in turn."""
 
     tokens: PositiveInt
     micro: PositiveInt
 
 
 class Parallel(Section):
-    """Sizes of the tensor- and expert-parallel groups; data parallelism takes the remaining ranks."""
+    """Sizes of the tensor- and expert-parallel groups; data parallelism takes the other ranks."""
 
     tp: PositiveInt = 1
     ep: PositiveInt = 1
@@ -32,7 +32,9 @@ class Zero(Section):
     stage: Literal[0, 1, 2, 3] = 1
     bucket: PositiveInt = 50_000_000  # elements of a communication bucket
     overlap_comm: bool = False
-    persist: NonNegativeInt = 100_000  # stage 3: parameters of fewer elements stay whole on every rank
+    persist: NonNegativeInt = (
+        100_000  # stage 3: parameters of fewer elements stay whole on every rank
+    )
 
 
 class Optim(Section):
@@ -50,7 +52,7 @@ class Optim(Section):
 
 
 class Schedule(Section):
-    """Linear warm-up, then cosine to `final`, or warmup-stable-decay (linear over the last `decay` part)."""
+    """Linear warm-up, then cosine to `final`, or constant until the last `decay` part (wsd)."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: NonNegativeInt = 0  # steps
@@ -107,7 +109,9 @@ class Price(Section):
     usd_per_gpu_hour: float | None = Field(None, ge=0)
     usd_per_core_hour: float | None = Field(None, ge=0)
     basis: str  # where the figure is from, and its date
-    peak_tflops: PositiveFloat | None = None  # of one device, dense bf16: for model-FLOPs utilisation
+    peak_tflops: PositiveFloat | None = (
+        None  # of one device, dense bf16: for model-FLOPs utilisation
+    )
 
 
 class Launch(Section):

@@ -13,7 +13,7 @@ class Prepare(Section):
 
 
 class Generate(Section):
-    """`kalmagrove generate`: text from the newest checkpoint of a run, or from one given by its folder."""
+    """`kalmagrove generate`: text from a run's newest checkpoint, or from the one given."""
 
     run: str = "runs/latest"  # folder of a run or of a checkpoint
     prompts: tuple[str, ...] = ("",)

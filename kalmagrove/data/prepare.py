@@ -230,7 +230,7 @@ def _tokenize(
         if not writer.documents:
             total = train.documents + val.documents
             raise DataError(
-                f"data.name={data.name}: {total} documents leave none for the {name} split; "
+                f"data.name={data.name} has {total} documents, none is left for the {name} split; "
                 "give more documents, or held-out ones of their own as data.source.val_paths"
             )
 

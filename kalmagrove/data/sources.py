@@ -8,6 +8,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import platform
 import sysconfig
 import zlib
@@ -88,12 +89,14 @@ def stdlib_root() -> Path:
 def stdlib_files(root: Path) -> list[Path]:
     """The .py files below `root` that are text worth learning, sorted by their relative path."""
     found = []
-    for path in root.rglob("*.py"):
-        place = path.relative_to(root)
-        generated = path.name.startswith("_sysconfigdata")  # differs from machine to machine
-        if not (STDLIB_SKIP & set(place.parts[:-1]) or generated) and _is_utf8(path):
-            found.append(path)
-    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - STDLIB_SKIP)
+        for name in names:
+            generated = name.startswith("_sysconfigdata")  # differs from machine to machine
+            if name.endswith(".py") and not generated:
+                found.append(Path(folder, name))
+    found.sort(key=lambda path: path.relative_to(root).as_posix())
+    return [path for path in found if _is_utf8(path)]
 
 
 def _is_utf8(path: Path) -> bool:

@@ -1,9 +1,9 @@
 """Saving and resuming: atomic, verified, rotated checkpoints under `RUN/checkpoints/step-000100/`.
 
-Called by `fit` (save) and by the commands (`resume`, `load_weights`). The folder holds DeepSpeed's files,
-`rank-R.pt` (random states and buffers of a rank), `model.safetensors` (whole weights, for anything that
-is not training) and `state.json` (position, configuration, layout, checksums), written last.
-It must be on a file system that all ranks see.
+Called by `fit` (save) and by the commands (`resume`, `load_weights`). The folder holds DeepSpeed's
+files, `rank-R.pt` (random states and buffers of a rank), `model.safetensors` (whole weights, for
+anything that is not training) and `state.json` (position, configuration, layout, checksums),
+written last. It must be on a file system that all ranks see.
 """
 
 import logging
@@ -34,6 +34,7 @@ from kalmagrove.engine.checkpoint_files import (
     read_state,
     remove_unfinished,
     rotate,
+    set_aside,
     step_folder,
     sync,
     write_json,
@@ -71,8 +72,8 @@ class State:
 def save(engine: Engine, batches: Stateful, meters: Stateful, state: State) -> tuple[Path, float]:
     """Write the checkpoint of `state.step`; returns its folder and the seconds it took. Collective.
 
-    Everything goes to `step-N.tmp`, is forced to the disk, and is renamed when complete: a kill at any
-    moment leaves the checkpoints before it intact.
+    Everything goes to `step-N.tmp`, is forced to the disk, and is renamed when complete: a kill at
+    any moment leaves the checkpoints before it intact.
 
     Raises:
         NonFiniteError: the weights hold NaN or infinity; nothing is written.
@@ -112,7 +113,7 @@ def save(engine: Engine, batches: Stateful, meters: Stateful, state: State) -> t
 def _write(
     engine: Engine, batches: Stateful, meters: Stateful, state: State, folder: Path
 ) -> Exception | None:
-    """Write all files of this rank into `folder`. All ranks pass every collective, whatever fails."""
+    """Write this rank's files into `folder`. All ranks pass every collective, whatever fails."""
     files = engine.deepspeed.checkpoint_engine
     files.begin()
     if engine.groups.is_main:
@@ -168,10 +169,10 @@ def _describe(engine: Engine) -> dict[str, Any]:
         "format": FORMAT,
         "run": engine.run.model_dump(mode="json"),
         "layout": {
-            "world": groups.world.size,
-            "dp": groups.dp.size,
-            "tp": groups.tp.size,
-            "ep": groups.ep.size,
+            "world_size": groups.world.size,
+            "dp_size": groups.dp.size,
+            "parallel.tp": groups.tp.size,
+            "parallel.ep": groups.ep.size,
             "zero.stage": engine.run.zero.stage,
             "precision": str(engine.dtype).removeprefix("torch."),
         },
@@ -184,7 +185,7 @@ def _rank_file(folder: Path, engine: Engine) -> Path:
 
 
 def _rank_state(engine: Engine) -> dict[str, Any]:
-    """Random states and persistent buffers (after a skipped step router loads differ over ranks)."""
+    """Random states, and the buffers: after a skipped step router loads differ over ranks."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -228,18 +229,20 @@ def _whole_weights(engine: Engine) -> dict[str, Tensor]:
 def resume(engine: Engine, batches: Stateful, meters: Stateful, run: Run, run_dir: Path) -> State:
     """Go on where `run.checkpoint.resume` says: auto, never, or a checkpoint's or run's folder.
 
-    auto takes the newest checkpoint of `run_dir` that is whole, with a warning for each that is not.
-    Unfinished folders of a killed save are removed. Collective.
+    auto takes the newest checkpoint of `run_dir` that is whole, with a warning for each that is
+    not. Unfinished folders of a killed save are removed; checkpoints of `run_dir` later than the
+    one continued are renamed to step-N.aside. Collective.
 
     Raises:
-        CheckpointError: nothing whole was found at a path that was asked for; or the checkpoint is of
-            another model, tokenizer or layout, whose differing keys are named.
+        CheckpointError: nothing whole was found where something should be; or the checkpoint is
+            of another model, tokenizer or layout, whose differing keys are named.
     """
     state = State(folder=run_dir / "checkpoints")
     world = engine.groups.world
     if engine.groups.is_main:
         remove_unfinished(state.folder)
     if run.checkpoint.resume == "never":
+        _set_aside(engine, state, 0)
         return state
     asked = run.checkpoint.resume != "auto"
     place = Path(run.checkpoint.resume) if asked else state.folder
@@ -248,7 +251,8 @@ def resume(engine: Engine, batches: Stateful, meters: Stateful, run: Run, run_di
         bad = _faults(engine, folder)
         if not bad:
             return _load(engine, batches, meters, state, folder)
-        log.warning("checkpoint %s is damaged and passed over: %s", folder, "; ".join(bad))
+        if engine.groups.is_main:
+            log.warning("checkpoint %s is damaged and passed over: %s", folder, "; ".join(bad))
     if asked or candidates:
         raise CheckpointError(
             f"checkpoint.resume={run.checkpoint.resume} found no whole checkpoint in {place}; "
@@ -260,9 +264,15 @@ def resume(engine: Engine, batches: Stateful, meters: Stateful, run: Run, run_di
 def _faults(engine: Engine, folder: Path) -> list[str]:
     """What is wrong with the files of a checkpoint; each rank reads its share of them."""
     world = engine.groups.world
-    return [
-        fault for part in _gather(engine, faults(folder, world.rank, world.size)) for fault in part
-    ]
+    found = _gather(engine, faults(folder, world.rank, world.size))
+    return [fault for part in found for fault in part]
+
+
+def _set_aside(engine: Engine, state: State, newer_than: int) -> None:
+    if engine.groups.is_main:
+        for folder in set_aside(state.folder, newer_than):
+            log.warning("a later checkpoint is set aside as %s", folder)
+    barrier(engine.groups.world)
 
 
 def _load(engine: Engine, batches: Stateful, meters: Stateful, state: State, folder: Path) -> State:
@@ -282,8 +292,9 @@ def _load(engine: Engine, batches: Stateful, meters: Stateful, state: State, fol
     batches.load_state_dict(saved["batches"])
     meters.load_state_dict(saved["meters"])
     state.step, state.tokens, state.resumed = saved["step"], saved["tokens"], folder
-    state.saved = state.step if folder == step_folder(state.folder, state.step) else None
-    log.info("resumed from %s at step %d", folder, state.step)
+    own = folder.resolve() == step_folder(state.folder, state.step).resolve()
+    state.saved = state.step if own else None
+    _set_aside(engine, state, state.step if own else 0)
     return state
 
 
@@ -305,12 +316,8 @@ def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:
         other = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         if own != other:
             names = sorted(n for n in own.keys() | other.keys() if own.get(n) != other.get(n))
-            raise CheckpointError(
-                f"{folder} holds another model: "
-                + "; ".join(
-                    f"{n}: checkpoint {other.get(n)}, model {own.get(n)}" for n in names[:5]
-                )
-            )
+            shown = [f"{n}: checkpoint {other.get(n)}, model {own.get(n)}" for n in names[:5]]
+            raise CheckpointError(f"{folder} holds another model: {'; '.join(shown)}")
         model.load_state_dict(weights)
         return read_state(folder)
     raise CheckpointError(f"no whole checkpoint in {path}; give the folder of a run or checkpoint")

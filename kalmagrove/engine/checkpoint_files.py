@@ -42,7 +42,7 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 
 def remove_unfinished(checkpoints: Path) -> None:
-    """Delete what a killed save left; a whole checkpoint that it was replacing gets its name back."""
+    """Delete what a killed save left; a whole checkpoint being replaced gets its name back."""
     for folder in checkpoints.glob("step-*"):
         if folder.suffix not in UNFINISHED:
             continue
@@ -175,6 +175,7 @@ def _identity(tree: dict[str, Any]) -> dict[str, Any]:
     run = tree["run"]
     chosen = {
         "model": run["model"],
+        "data": {"tokenizer": run["data"]["tokenizer"]},
         "optim": {"kind": run["optim"]["kind"], "decay_splines": run["optim"]["decay_splines"]},
         "batches": {k: v for k, v in tree["batches"].items() if k not in POSITION_KEYS},
         **tree["layout"],

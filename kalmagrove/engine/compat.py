@@ -1,4 +1,5 @@
-"""What DeepSpeed 0.19 needs to be told, patched or kept quiet about; nothing else touches its internals.
+"""What DeepSpeed 0.19 needs to be told, patched or kept quiet about; nothing else touches its
+internals.
 
 Used by `connect`, `build_engine` and the checkpoint code. Pinned to deepspeed>=0.19.8,<0.20.
 """
@@ -9,7 +10,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from kalmagrove.parallel import Group, Groups
 
 
 def skip_shm_build() -> None:
-    """Keep init_distributed on CPU from compiling `deepspeed_shm_comm`: 40 s, used by inference only."""
+    """Keep init_distributed from compiling `deepspeed_shm_comm` on CPU: 40 s, for inference."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -84,7 +85,7 @@ class Mpu:
 def initialize(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], groups: Groups
 ) -> Any:
-    """`deepspeed.initialize` on existing groups, with `CheckpointFiles` as its reader and writer."""
+    """`deepspeed.initialize` on existing groups, with `CheckpointFiles` as reader and writer."""
     import deepspeed
 
     with quiet():
@@ -137,8 +138,8 @@ def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
 class CheckpointFiles:
     """DeepSpeed's checkpoint engine: writes with checksums, never raises in the middle of a save.
 
-    An exception on one rank would leave the others in a collective. The first error is kept in `error`
-    for `save_checkpoint`'s caller, who shares it with all ranks.
+    An exception on one rank would leave the others in a collective. The first error is kept in
+    `error` for `save_checkpoint`'s caller, who shares it with all ranks.
     """
 
     def __init__(self) -> None:
@@ -153,7 +154,7 @@ class CheckpointFiles:
             return
         try:
             with ChecksumFile(Path(path)) as file:
-                torch.save(state_dict, file)
+                torch.save(state_dict, cast(IO[bytes], file))
             self.written[Path(path).name] = file.size, file.checksum
         except (OSError, RuntimeError) as error:
             self.error = error
@@ -190,10 +191,10 @@ class CheckpointFiles:
 
 
 class ChecksumFile:
-    """A file opened for writing that counts and sums what passes, and is on the disk when closed."""
+    """A file for writing that counts and sums what passes, and is on the disk when closed."""
 
     def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = path.open("wb")
+        self._file = path.open("wb")
         self.size = 0
         self.checksum = 0
 

@@ -20,8 +20,8 @@ def connect(run: Run) -> torch.device:
     """Initialise torch.distributed through DeepSpeed, threads and the device of this process.
 
     Raises:
-        ConfigError: if a launcher set only some of its variables, or if there are more processes on this
-            machine than GPUs.
+        ConfigError: if a launcher set only some of its variables, or if there are more processes on
+            this machine than GPUs.
     """
     os.environ.update(rendezvous(os.environ, run.launch.port))
     if not torch.cuda.is_available():
@@ -48,7 +48,7 @@ def connect(run: Run) -> torch.device:
 
 
 def disconnect() -> None:
-    """Leave the process group, so that the interpreter exits without complaints. All ranks call it."""
+    """Leave the process group, so that the interpreter exits without complaints. Collective."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -56,8 +56,8 @@ def disconnect() -> None:
 def rendezvous(env: Mapping[str, str], port: int | None = None) -> dict[str, str]:
     """The variables of torch's env:// rendezvous that are missing in `env`.
 
-    A launcher's own variables win; then those of an `srun` step; else the process is alone. Inside a
-    batch script, but outside `srun`, Slurm describes tasks that nobody started: only SLURM_STEP_*
+    A launcher's own variables win; then those of an `srun` step; else the process is alone. Inside
+    a batch script, but outside `srun`, Slurm describes tasks that nobody started: only SLURM_STEP_*
     counts.
     """
     if "RANK" in env or "WORLD_SIZE" in env:

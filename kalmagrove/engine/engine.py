@@ -53,8 +53,8 @@ def _compile_blocks(model: nn.Module, run: Run) -> None:
 class Engine:
     """A model under training.
 
-    module: the model itself. deepspeed: the DeepSpeedEngine around it. nonfinite_in_row: skipped steps
-    since the last good one. nonfinite_total: since step 0.
+    module: the model itself. deepspeed: the DeepSpeedEngine around it. nonfinite_in_row: skipped
+    steps since the last good one. nonfinite_total: since step 0.
     """
 
     def __init__(
@@ -80,18 +80,19 @@ class Engine:
             step: finished steps before this one; decides the learning rate.
 
         Returns:
-            This rank's loss, mean over its micro-batches (the mean over ranks is the exact mean over the
-            step's target tokens), and the global gradient norm before clipping. A norm that is not finite
-            means that nothing was updated, on any rank: then `skipped` is true.
+            This rank's loss, mean over its micro-batches (the mean over ranks is the exact mean
+            over the step's target tokens), and the global gradient norm before clipping. A norm
+            that is not finite means that nothing was updated, on any rank: then `skipped` is true.
         """
         assert len(batches) == self.accumulation, "one step takes `accumulation` micro-batches"
-        self.set_lr(step)
+        self._set_lr(self._lr_factor(step))
         self.module.train()
         total = torch.zeros((), device=self.groups.device)
         for batch in batches:
             loss = self.deepspeed(**self._to_device(batch)).loss
             # NaN or infinity in the loss makes the factor NaN, and so every gradient, whatever the
-            # graph does with it; otherwise it is exactly 1. The norm then reports both kinds of failure.
+            # graph does with it; otherwise it is exactly 1. The norm then reports both kinds of
+            # failure.
             self.deepspeed.backward(loss * (1 + 0 * loss.detach()))
             if self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._unsharded_norm() if self.run.zero.stage == 0 else None
@@ -101,7 +102,7 @@ class Engine:
             norm = self.deepspeed.get_global_grad_norm()
         self._count(norm)
         if not self.skipped:
-            self.module.balance(self.groups)
+            self.module.balance(self.groups)  # type: ignore[operator]
         return total, norm
 
     @property
@@ -109,17 +110,21 @@ class Engine:
         """Whether the last step was not finite and changed nothing."""
         return self.nonfinite_in_row > 0
 
-    def set_lr(self, step: int) -> float:
-        """Set the rate of the update that follows `step` finished ones; returns `optim.lr`'s share."""
-        factor = lr_factor(step, self.run.steps, self.run.schedule)
+    def lr(self, step: int) -> float:
+        """The scheduled `optim.lr` of the update that follows `step` finished ones."""
+        return self.run.optim.lr * self._lr_factor(step)
+
+    def _lr_factor(self, step: int) -> float:
+        return lr_factor(step, self.run.steps, self.run.schedule)
+
+    def _set_lr(self, factor: float) -> None:
         for group, own in zip(
             self.deepspeed.optimizer.param_groups, self._hyperparameters, strict=True
         ):
             group["lr"] = own["base_lr"] * factor
-        return self.run.optim.lr * factor
 
     def restore_hyperparameters(self) -> None:
-        """Undo what loading a checkpoint does to rates, decay and clipping: the run decides them."""
+        """Undo what loading a checkpoint did to decay, betas and clipping: the run decides them."""
         for group, own in zip(
             self.deepspeed.optimizer.param_groups, self._hyperparameters, strict=True
         ):
@@ -157,8 +162,8 @@ class Engine:
     def _unsharded_norm(self) -> Tensor:
         """Norm, clipping and skipping without ZeRO, where DeepSpeed only clips.
 
-        Gradients are reduced by now, so all ranks see the same. Optimizers pass over parameters without
-        gradient: removing them skips the step.
+        Gradients are reduced by now, so all ranks see the same. Optimizers pass over parameters
+        without gradient: removing them skips the step.
         """
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

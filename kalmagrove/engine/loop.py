@@ -1,7 +1,7 @@
 """The training loop: step, report, evaluate, save, until the run is done or asked to stop.
 
-Called last by the training command, with everything built. It knows no data format, no console and no
-price: batches are iterated, meters are told.
+Called last by the training command, with everything built. It knows no data format, no console and
+no price: batches are iterated, meters are told.
 """
 
 import logging
@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from kalmagrove.config import CheckpointError, Interrupted, NonFiniteError, Run
+from kalmagrove.config import CheckpointError, DataError, Interrupted, NonFiniteError, Run
 from kalmagrove.engine.checkpoint import State, save
 from kalmagrove.engine.engine import Batch, Engine
 from kalmagrove.engine.signals import StopRequest
@@ -78,11 +78,13 @@ def fit(
     """Train from `state.step` to `run.steps`. All ranks call it.
 
     Args:
-        val_batches: the held-out micro-batches, the same number on every rank; iterated anew each time.
+        val_batches: the held-out micro-batches, the same number on every rank; iterated anew each
+            time.
 
     Raises:
         Interrupted: SIGINT, SIGTERM or the stop file; the finished step is saved.
-        NonFiniteError: `engine.max_nonfinite` steps in a row were not finite, or the weights are not.
+        NonFiniteError: `engine.max_nonfinite` steps in a row gave no finite update, or the weights
+            are not finite when they are to be saved.
         CheckpointError: the last checkpoint of the run could not be written.
     """
     meters.start(state.step, state.tokens)
@@ -122,8 +124,8 @@ def _train(
             if state.saved != state.step:
                 _save(engine, batches, meters, state, must=True)
             raise Interrupted(
-                f"stopped after step {state.step} of {run.steps} ({stop.reason or 'another rank'}); "
-                f"saved in {state.newest}; the same command continues"
+                f"stopped by {stop.reason or 'another rank'} after step {state.step} of "
+                f"{run.steps}; saved in {state.newest}; the same command continues"
             )
     if val_nats is None:  # resumed at the last step
         val_nats = evaluate(engine, val_batches)
@@ -139,7 +141,7 @@ def _step(engine: Engine, batches: Batches, meters: Observer, state: State, run:
     fetched = time.perf_counter()
     loss, grad_norm = engine.train_step(micro_batches, state.step)
     computed = time.perf_counter()
-    lr = engine.set_lr(state.step)
+    lr = engine.lr(state.step)
     state.step += 1
     state.tokens += run.batch.tokens
     meters.step(
@@ -184,6 +186,8 @@ def evaluate(engine: Engine, val_batches: Iterable[Batch]) -> float:
         count += batch_count
     all_reduce_sum(nats, engine.groups.dp)
     all_reduce_sum(count, engine.groups.dp)
+    if not int(count):
+        raise DataError("the held-out split has no target token; try a larger data.val_fraction")
     return float(nats) / int(count)
 
 

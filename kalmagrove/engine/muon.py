@@ -1,7 +1,7 @@
 """Muon for matrices and AdamW for the rest, on whole parameters or on ZeRO's flat partitions.
 
-Made by `build_optimizer`. DeepSpeed's own Muon is not used: it reports the norm of the orthogonalised
-update instead of the gradient's, and takes no batches of matrices.
+Made by `build_optimizer`. DeepSpeed's own Muon is not used: it reports the norm of the
+orthogonalised update instead of the gradient's, and takes no batches of matrices.
 Letters: B batch of matrices, R rows, C columns.
 """
 
@@ -20,8 +20,8 @@ from kalmagrove.parallel import Group, all_reduce_sum
 def newton_schulz(x_BRC: Tensor, steps: int = 5) -> Tensor:
     """Push the singular values of every matrix towards 1.
 
-    The quintic iteration of Muon (Keller Jordan, kellerjordan.github.io/posts/muon): singular values end
-    in about [0.7, 1.2]. bf16 on GPU, fp32 on CPU.
+    The quintic iteration of Muon (Keller Jordan, kellerjordan.github.io/posts/muon): singular
+    values end in about [0.7, 1.2]. bf16 on GPU, fp32 on CPU.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x_BRC.bfloat16() if x_BRC.is_cuda else x_BRC.float()
@@ -45,7 +45,8 @@ class Shard:
     """What part of a group's parameters, laid end to end, a rank's flat partition holds.
 
     shapes: of all the group's parameters, in order; each is a batch of matrices [..., R, C].
-    size: elements of a partition (the last one ends in padding); rank r holds [r * size, (r + 1) * size).
+    size: elements of a partition (the last one ends in padding); rank r holds [r * size, (r + 1) *
+    size).
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -57,7 +58,7 @@ class Shard:
         return self.group.rank * self.size
 
     def whole(self) -> Iterator[tuple[int, int, int, int]]:
-        """(first element in the partition, matrices, R, C) of each run of matrices it holds whole."""
+        """(first element in the partition, matrices, R, C) of each run of whole matrices."""
         for offset, count, rows, cols in self._tensors():
             area = rows * cols
             first = max(0, -(-(self.start - offset) // area))
@@ -66,7 +67,7 @@ class Shard:
                 yield offset + first * area - self.start, last - first, rows, cols
 
     def split(self) -> Iterator[tuple[int, int, int]]:
-        """(first element in the group, R, C) of each matrix cut by a border, the same on every rank."""
+        """(first element in the group, R, C) of each matrix cut by a border; equal on all ranks."""
         borders = [rank * self.size for rank in range(1, self.group.size)]
         for offset, count, rows, cols in self._tensors():
             area = rows * cols
@@ -85,7 +86,8 @@ class Shard:
 def sharded_update(flat: Tensor, shard: Shard) -> Tensor:
     """`muon_update` of every matrix that reaches into this rank's partition `flat`, same layout.
 
-    Matrices cut by a partition border are put together by one all-reduce each: at most one a border.
+    Matrices cut by a partition border are put together by one all-reduce each: at most one a
+    border.
     """
     update = torch.zeros_like(flat)
     for first, count, rows, cols in shard.whole():

@@ -20,8 +20,9 @@ def parameter_kind(parameter: nn.Parameter) -> str:
 def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     """Optimizer groups, in a fixed order, without empty ones.
 
-    Weight decay acts on matrices and embeddings, and on spline coefficients with `optim.decay_splines`.
-    With Muon the matrices form a group of their own (`muon=True`) with `optim.muon_lr`.
+    Weight decay acts on matrices and embeddings, and on spline coefficients with
+    `optim.decay_splines`. With Muon the matrices form a group of their own (`muon=True`) with
+    `optim.muon_lr`.
 
     Each group has: name, params, lr, base_lr (what the schedule multiplies), weight_decay, muon.
     """

@@ -1,7 +1,7 @@
 """The learning rate as a pure function of the step.
 
-`Engine` multiplies every parameter group's own rate by it before each update, so a resumed run needs no
-schedule state.
+`Engine` multiplies every parameter group's own rate by it before each update, so a resumed run
+needs no schedule state.
 """
 
 import math
@@ -12,8 +12,9 @@ from kalmagrove.config import Schedule
 def lr_factor(step: int, steps: int, schedule: Schedule) -> float:
     """Share of the peak rate used by the update that follows `step` finished ones.
 
-    Linear warm-up reaches 1 at step `warmup - 1`; the last update of the run uses `final` (cosine, wsd).
-    wsd holds the peak and falls linearly over the last `decay` part (arXiv:2404.06395, section 4).
+    Linear warm-up reaches 1 at step `warmup - 1`; the last update of the run uses `final` (cosine,
+    wsd). wsd holds the peak and falls linearly over the last `decay` part (arXiv:2404.06395,
+    section 4).
 
     Args:
         step: 0 for the first update.

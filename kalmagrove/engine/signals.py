@@ -15,8 +15,8 @@ STOP_FILE_VARIABLE = "KALMAGROVE_STOP_FILE"
 class StopRequest:
     """While entered, the first SIGINT or SIGTERM is remembered instead of killing the process.
 
-    A second SIGINT acts as usual: the process dies at once. Rank 0 also looks for the file named by the
-    environment variable KALMAGROVE_STOP_FILE, for schedulers that cannot send signals.
+    A second SIGINT acts as usual: the process dies at once. Rank 0 also looks for the file named by
+    the environment variable KALMAGROVE_STOP_FILE, for schedulers that cannot send signals.
     """
 
     def __init__(self) -> None:

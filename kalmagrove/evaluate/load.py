@@ -1,4 +1,4 @@
-"""Open a trained model from a run's or checkpoint's folder, without DeepSpeed or other processes."""
+"""Open a trained model from a run's or checkpoint's folder, without DeepSpeed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""One layer of the model: attention, then a feed-forward, each behind a norm and added to the residual."""
+"""One layer of the model: attention, then a feed-forward, each behind a norm."""
 
 from typing import Any
 
@@ -14,6 +14,9 @@ from kalmagrove.parallel import Groups
 class Block(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + ffn(norm(x))."""
 
+    attention: Any  # what `build_attention` and `build_ffn` promise is not an nn.Module's type
+    ffn: Any
+
     def __init__(self, model: Model, layer: int, groups: Groups) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(model.d_model, eps=model.norm_eps)
@@ -28,7 +31,7 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, segments_BT: Tensor | None = None, cache: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """Returns the new residual stream [B, T, D] and the feed-forward's auxiliary loss (scalar)."""
+        """The new residual stream [B, T, D] and the feed-forward's auxiliary loss (scalar)."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), segments_BT, cache)
         y_BTD, aux_loss = self.ffn(self.ffn_norm(x_BTD))
         return x_BTD + y_BTD, aux_loss

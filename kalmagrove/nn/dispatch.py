@@ -18,8 +18,7 @@ from kalmagrove.parallel import Groups, all_reduce_sum
 class Plan(NamedTuple):
     """How the S pairs (token, part) are laid out, sorted by part and then by token."""
 
-    order_S: Tensor  # sorted position -> pair, pair = token * K + choice
-    inverse_S: Tensor  # pair -> sorted position
+    inverse_S: Tensor  # pair (token * K + choice) -> its place
     rows: list[int]  # pairs of each part
 
 
@@ -33,7 +32,7 @@ def dispatch(x_ND: Tensor, index_NK: Tensor, parts: int) -> tuple[Tensor, Plan]:
     order_S = part_S.argsort(stable=True)
     rows = torch.bincount(part_S, minlength=parts).tolist()
     pairs_SD = x_ND.unsqueeze(1).expand(-1, chosen, -1).reshape(tokens * chosen, -1)
-    return pairs_SD.index_select(0, order_S), Plan(order_S, order_S.argsort(), rows)
+    return pairs_SD.index_select(0, order_S), Plan(order_S.argsort(), rows)
 
 
 def combine(y_SD: Tensor, gate_NK: Tensor, plan: Plan) -> Tensor:

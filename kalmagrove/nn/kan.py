@@ -86,7 +86,7 @@ def kan(
 def _edge_use(h_NM: Tensor, e_NM: Tensor, index_NK: Tensor, range_2: Tensor) -> EdgeUse:
     square_NM = e_NM.float().square()
     return EdgeUse(
-        seen=torch.tensor(float(h_NM.numel()), device=h_NM.device),
+        seen=square_NM.new_full((), h_NM.numel()),
         outside=((h_NM < range_2[0]) | (h_NM > range_2[1])).sum().float(),
         kept=square_NM.gather(1, index_NK).sum(),
         energy=square_NM.sum(),
@@ -96,8 +96,13 @@ def _edge_use(h_NM: Tensor, e_NM: Tensor, index_NK: Tensor, range_2: Tensor) -> 
 
 def add_up(uses: list[EdgeUse]) -> EdgeUse:
     """The use of several layers' edges as that of one."""
-    *sums, used = zip(*uses, strict=True)
-    return EdgeUse(*(torch.stack(values).sum() for values in sums), torch.cat(used))
+    return EdgeUse(
+        seen=torch.stack([use.seen for use in uses]).sum(),
+        outside=torch.stack([use.outside for use in uses]).sum(),
+        kept=torch.stack([use.kept for use in uses]).sum(),
+        energy=torch.stack([use.energy for use in uses]).sum(),
+        used_M=torch.cat([use.used_M for use in uses]),
+    )
 
 
 class KANLayer(nn.Module):

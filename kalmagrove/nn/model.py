@@ -5,7 +5,7 @@ Letters: B batch, T tokens, D model width, V vocabulary.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,8 @@ from kalmagrove.parallel import Groups
 class ModelOutput(NamedTuple):
     """What a forward pass gives.
 
-    loss: scalar to back-propagate, cross-entropy plus (in training) `aux_loss`; None without targets.
+    loss: scalar to back-propagate, cross-entropy plus (in training) `aux_loss`; None without
+    targets.
     logits: [B, T, V], only without targets. aux_loss: scalar, detached.
     """
 
@@ -31,7 +32,7 @@ class ModelOutput(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """A decoder of KalmaGrove blocks. Attention and feed-forward kinds follow the configured patterns."""
+    """A decoder of KalmaGrove blocks; the kinds of its layers follow the configured patterns."""
 
     def __init__(self, model: Model, groups: Groups) -> None:
         super().__init__()
@@ -42,23 +43,26 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(model, i, groups) for i in range(model.layers))
         self.norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.head = (
-            None
-            if model.tie_embeddings
-            else nn.Linear(model.d_model, model.vocab_size, bias=False)
+            None if model.tie_embeddings else nn.Linear(model.d_model, model.vocab_size, bias=False)
         )
         for table in (self.embedding.weight, *([self.head.weight] if self.head else [])):
             table.kind = "embedding"  # type: ignore[attr-defined]
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Normal(0, std) everywhere; projections into the residual stream shrink with depth (GPT-2)."""
+        """Normal(0, std); projections into the residual stream shrink with depth (GPT-2)."""
         init = self.config.init
         out_std = init.std / math.sqrt(2 * self.config.layers) if init.depth_scaled else init.std
         nn.init.normal_(self.embedding.weight, std=init.std)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=init.std)
-        for block in self.blocks:
+        for block in self.layers:
             block.init_weights(init.std, out_std)
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, under their own type."""
+        return cast("list[Block]", list(self.blocks))
 
     def forward(
         self,
@@ -111,25 +115,25 @@ class Transformer(nn.Module):
         weight = self.embedding.weight
         return [
             block.attention.init_cache(batch, max_tokens, weight.device, weight.dtype)
-            for block in self.blocks
+            for block in self.layers
         ]
 
     def balance(self, groups: Groups) -> None:
         """Move every router's selection bias by the load counted since the last call."""
-        for block in self.blocks:
+        for block in self.layers:
             if hasattr(block.ffn, "balance"):
                 block.ffn.balance(groups)
 
     def metrics(self) -> dict[str, Tensor]:
-        """Metrics of the last forward pass, averaged over the layers that have them (detached)."""
-        found: dict[str, list[Tensor]] = {}
-        for block in self.blocks:
-            for module in (block.attention, block.ffn):
-                for name, value in module.metrics.items():
-                    found.setdefault(name, []).append(value.float())
-        return {name: torch.stack(values).mean(0) for name, values in found.items()}
+        """Metrics of the last forward pass, detached, as `LAYER.NAME`: scalars, and loads [G]."""
+        return {
+            f"{i}.{name}": value
+            for i, block in enumerate(self.layers)
+            for module in (block.attention, block.ffn)
+            for name, value in module.metrics.items()
+        }
 
 
 def build_model(model: Model, groups: Groups) -> Transformer:
-    """The model on the CPU in fp32, initialised from torch's global seed: the same on every rank."""
+    """The model on the CPU in fp32, from torch's global seed: the same on every rank."""
     return Transformer(model, groups)

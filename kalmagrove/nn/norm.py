@@ -14,10 +14,10 @@ def upcast(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich,
-    arXiv:1910.07467).
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
-    `forward` takes [..., width] and returns the same shape and type.
+    From Zhang and Sennrich, arXiv:1910.07467. `forward` takes [..., width] and returns the same
+    shape and type.
     """
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:

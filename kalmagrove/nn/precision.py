@@ -23,8 +23,7 @@ class Fp32Buffers(nn.Module):
             new = self._buffers[name]
             if old is None or new is None or old.dtype != torch.float32:
                 continue
-            if (
-                new.dtype != torch.float32
-            ):  # from the old value: the cast has already rounded the new
+            if new.dtype != torch.float32:
+                # From the old value: the cast has already rounded the new one.
                 self._buffers[name] = old.to(device=new.device)
         return self

@@ -4,6 +4,7 @@ The only home of megatron-core, which lays the ranks out. Everything else sees `
 collectives of this package, which are the identity at size 1.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Self
 
@@ -51,8 +52,10 @@ class Groups:
     @classmethod
     def init(cls, parallel: Parallel, device: torch.device) -> Self:
         """Lay out the ranks of the initialised default process group."""
-        from megatron.core import parallel_state
-        from megatron.core.process_groups_config import ProcessGroupCollection
+        with warnings.catch_warnings():  # what it lacks (TransformerEngine, Apex) is not used here
+            warnings.simplefilter("ignore")
+            from megatron.core import parallel_state
+            from megatron.core.process_groups_config import ProcessGroupCollection
 
         if not parallel_state.is_initialized():
             parallel_state.initialize_model_parallel(

@@ -73,7 +73,8 @@ def test_every_dependency_has_one_home() -> None:
 def test_every_package_is_in_the_wheel() -> None:
     import tomllib
 
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(project["tool"]["setuptools"]["packages"])
     found = {"kalmagrove.conf"}
     for base in (ROOT / "kalmagrove", ROOT / "kernels" / "kalmagrove_kernels"):
         for init in base.rglob("__init__.py"):

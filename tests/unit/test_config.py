@@ -11,7 +11,11 @@ from kalmagrove.config import ConfigError, Generate, Prepare, load, validate
 
 pytestmark = pytest.mark.unit
 OPTIONS = sorted(p.relative_to(conf_dir()) for p in conf_dir().glob("*/*.yaml"))
-VERBS = {"train": load, "prepare": lambda t: validate(Prepare, t), "generate": lambda t: validate(Generate, t)}
+VERBS = {
+    "train": load,
+    "prepare": lambda tree: validate(Prepare, tree),
+    "generate": lambda tree: validate(Generate, tree),
+}
 NEEDS = {  # options that only make sense with something the user gives
     "data/text": ["data.source.paths=[a.txt]"],
     "data/jsonl": ["data.source.paths=[a.jsonl]"],
@@ -40,7 +44,7 @@ def test_every_top_level_file_is_a_verb() -> None:
 
 
 def test_no_yaml_hides_from_the_tests() -> None:
-    assert {p for p in conf_dir().rglob("*.yaml")} == {
+    assert set(conf_dir().rglob("*.yaml")) == {
         conf_dir() / p for p in [*OPTIONS, *(Path(f"{v}.yaml") for v in VERBS)]
     }
 

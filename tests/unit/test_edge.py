@@ -43,7 +43,7 @@ def test_parameters_are_splines_and_ranges_survive_a_cast() -> None:
     assert edge.range.dtype == torch.float32
     assert {p.kind for p in edge.parameters()} == {"spline"}
     assert "range" in edge.state_dict()
-    assert edge(torch.randn(3, 4).bfloat16()).dtype == torch.float32
+    assert edge(torch.randn(3, 4).bfloat16(), grove=1).dtype == torch.float32
 
 
 @pytest.mark.parametrize("basis", sorted(BASES))
@@ -84,6 +84,23 @@ def test_refit_survives_rank_deficient_data(basis: str, h: Tensor) -> None:
     assert edge.range[0] < edge.range[1]
     assert outside(h, edge) == 0.0
     torch.testing.assert_close(edge(h).detach(), before, atol=2e-2, rtol=2e-2)
+
+
+def test_refit_forgets_nothing_where_no_data_lies() -> None:
+    edge = EdgeActivation(2, Edge(init_scale=1.0, range=(-3.0, 3.0)))
+    data = torch.tensor([-2.8, 2.8]).repeat(400).unsqueeze(1).expand(-1, 2)
+    between = torch.linspace(-2.5, 2.5, 200).unsqueeze(1).expand(-1, 2)
+    before = edge(between).detach()
+    edge.refit(data)
+    away = (edge(between).detach() - before).square().mean().sqrt()
+    assert float(away) < 0.1 * float(before.std())
+
+
+def test_fitting_a_base_is_well_posed_where_no_samples_fall() -> None:
+    edge = EdgeActivation(2, Edge(base="none", range=(-40.0, 40.0), grid=64))
+    h = torch.randn(50, 2) * 10
+    assert edge.coef.isfinite().all()
+    assert float(edge(h).detach().abs().max()) < 50
 
 
 def test_refit_ignores_rows_that_are_not_finite_and_refuses_only_those() -> None:

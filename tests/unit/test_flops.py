@@ -1,4 +1,4 @@
-"""Parameters and FLOPs from the configuration: against the real modules, a counter and hand sums."""
+"""Parameters and FLOPs from the configuration, against real modules, a counter, hand sums."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ KAN = {"edges": 10, "top_k": 3, "rank": 5}
 
 
 def tiny(attention: str = "softmax", ffn: str = "dense", **sections: dict[str, Any]) -> Model:
-    """A model with one attention and one feed-forward kind; `sections` changes the kinds' blocks."""
+    """A model of one attention and one feed-forward kind; `sections` changes their blocks."""
 
     def block(name: str, **values: Any) -> dict[str, Any]:
         return {**values, **sections.get(name, {})}

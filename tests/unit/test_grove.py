@@ -130,7 +130,7 @@ def test_bias_and_load_stay_fp32_and_bf16_is_close() -> None:
     module = layer(width=64, top_g=4, kan=KAN(edges=8, top_k=8, rank=4))
     module.bias.fill_(1 / 3)
     x = torch.randn(1, 20, 64)
-    expected = module(x).y_BTD
+    expected = module(x).y_BTD.detach()
     ours = module.bfloat16()(x.bfloat16()).y_BTD.detach()
     assert torch.equal(module.bias, torch.full((4,), 1 / 3))
     assert module.load.dtype == module.edge.range.dtype == torch.float32

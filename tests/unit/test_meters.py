@@ -241,6 +241,20 @@ def test_the_same_checkpoint_lost_twice_is_not_charged_twice(tmp_path: Path) -> 
 FIRST_SAVE = {"device_seconds": 4.0, "lost_device_seconds": 0.0}
 
 
+def test_a_checkpoint_remembers_what_was_lost_before_it(tmp_path: Path) -> None:
+    session = kill_and_resume(tmp_path)
+    session.step(3)
+    session.step(4)
+    saved = session.meters.state_dict()
+    assert (saved["device_seconds"], saved["lost_device_seconds"]) == (16.0, 5.0)
+    session.step(5)
+    session.step(6)
+    third = Session(tmp_path, clock=session.clock)
+    third.meters.load_state_dict(saved)
+    third.meters.start(4, 64)
+    assert [line["lost_device_seconds"] for line in third.lines("resume")] == [5.0, 4.0]
+
+
 def test_killed_before_any_checkpoint_all_is_lost(tmp_path: Path) -> None:
     first = Session(tmp_path)
     first.meters.start(0, 0)

@@ -86,7 +86,7 @@ def test_table_has_the_shape_of_qk_rank() -> None:
 
 @pytest.mark.parametrize("rank", range(1, 6))
 def test_factors_reach_the_error_of_the_spectrum(rank: int) -> None:
-    """The scores' error is the tail of the spectrum: the Eckart-Young bound, which none can beat."""
+    """The scores' error is the tail of the spectrum: the Eckart-Young bound."""
     x, w_q, w_k = some_head()
     whitening = whitening_factor(x.T @ x)
     small_q, small_k = factorise(w_q, w_k, whitening, rank)

@@ -25,10 +25,24 @@ from kalmagrove.track.wandb_sink import WandbSink, charted, run_id
 
 pytestmark = pytest.mark.unit
 
-PROMISED = (
-    "status steps tokens val_loss_nats val_bits_per_byte unigram_nats bigram_nats tokens_per_s "
-    "device_seconds usd params_total params_active world_size commit versions machine"
-).split()
+PROMISED = {
+    "status",
+    "steps",
+    "tokens",
+    "val_loss_nats",
+    "val_bits_per_byte",
+    "unigram_nats",
+    "bigram_nats",
+    "tokens_per_s",
+    "device_seconds",
+    "usd",
+    "params_total",
+    "params_active",
+    "world_size",
+    "commit",
+    "versions",
+    "machine",
+}
 
 
 def train(run_dir: Path, **track: Any) -> dict[str, Any]:
@@ -54,7 +68,7 @@ def train(run_dir: Path, **track: Any) -> dict[str, Any]:
 
 def test_summary_holds_what_is_promised(tmp_path: Path) -> None:
     summary = train(tmp_path)
-    assert set(PROMISED) <= set(summary)
+    assert set(summary) >= PROMISED
     expected = {
         "status": "done", "steps": 2, "tokens": 32, "val_loss_nats": 3.25, "unigram_nats": 6.0,
         "bigram_nats": 4.5, "params_total": 100, "params_active": 60, "world_size": 1,

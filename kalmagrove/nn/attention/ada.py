@@ -171,9 +171,7 @@ class ADA(nn.Module):
     def _continue(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """From a state: one token by the recurrence, more (a prompt) by chunks, whatever `form`
-        says.
-        """
+        """From a state: one token by the recurrence, more by chunks, whatever `form` says."""
         if q.shape[2] == 1:
             return recurrent(q, k, v, scale=self.scale, log_decay_H=log_decay, state_BHRV=state)
         out, state_after = chunked(

@@ -1,5 +1,4 @@
-"""The kernel kappa that ADA convolves its keys with along the sequence (KalmaGrove paper, section
-3.2).
+"""The kernel kappa that ADA convolves its keys with (KalmaGrove paper, section 3.2).
 
 `kalmagrove.nn.attention.ada` applies it to the projected keys, before norm and rotation. Both
 kinds give [channels, taps] weights of a causal depthwise convolution: `cnn` learns them freely,
@@ -37,8 +36,7 @@ class CNNTaps(nn.Module):
 
 
 class ODETaps(nn.Module):
-    """Taps h(0), h(1), ..., h(P - 1) of a neural ODE over all channels, integrated with
-    torchdiffeq.
+    """Taps h(0), h(1), ..., h(P - 1) of a neural ODE over all channels (torchdiffeq).
 
         dh/dt = -rate * h + W_out tanh(W_in h + w_time t / P + b),   h(0) = start
 

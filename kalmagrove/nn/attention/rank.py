@@ -12,7 +12,7 @@ optimal, where so stated, for the sum of these squared errors over heads: a surr
 neither what key kernel, norm, rotation and decay do between projection and score, nor how errors
 of layers combine; nothing is claimed for the loss of the model.
 
-Legend: N samples, D model, R width of a query/key head.
+Legend: D model, R width of a query/key head.
 """
 
 import heapq
@@ -23,9 +23,7 @@ from torch import Tensor
 
 
 def whitening_factor(gram_DD: Tensor) -> Tensor:
-    """S with S S^T = X^T X, from the Gram matrix X^T X of the inputs; fp64 [D, D]. It may be
-    singular.
-    """
+    """S with S S^T = X^T X, from the Gram matrix X^T X, which may be singular; fp64 [D, D]."""
     values, vectors = torch.linalg.eigh(gram_DD.double())
     return vectors * values.clamp(min=0).sqrt()
 
@@ -69,10 +67,9 @@ def allocate_greedy(
     """Ranks of the heads with sum(rank * cost) <= budget, the best gain per cost first.
 
     spectra: descending singular values of each head. costs: of one rank of each head (None: 1
-    each).
-    minimum: rank every head gets. step: ranks are given out in blocks (2 with RoPE), so that they
-    are minimum + a multiple of step. A head's gains do not increase with its rank, so with equal
-    costs the greedy choice is exactly optimal; with unequal ones it is the usual knapsack
+    each). minimum: rank every head gets. step: ranks are given out in blocks (2 with RoPE), so that
+    they are minimum + a multiple of step. A head's gains do not increase with its rank, so with
+    equal costs the greedy choice is exactly optimal; with unequal ones it is the usual knapsack
     heuristic, and `allocate_exact` is the optimum. Raises ValueError if the budget does not cover
     the minimum.
     """
@@ -131,9 +128,7 @@ def allocate_exact(
 def allocate_table(
     spectra: Sequence[Sequence[Tensor]], budget: int, minimum: int = 1, step: int = 1
 ) -> tuple[tuple[int, ...], ...]:
-    """The optimal `config.ADA.qk_rank` table for spectra [ADA layer][head] and a total rank
-    `budget`.
-    """
+    """The optimal `config.ADA.qk_rank` table: spectra [ADA layer][head], `budget` in ranks."""
     ranks = iter(
         allocate_greedy([s for layer in spectra for s in layer], budget, None, minimum, step)
     )

@@ -3,14 +3,12 @@
 Every faster implementation is tested against these pure functions; the attention layer uses them
 where no faster one exists.
 
-    o_t = scale * sum_{s <= t} exp(log_decay_h * (t - s)) * [segment_s == segment_t] * (q_t . k_s)
-    v_s
+    o_t = scale * sum_{s <= t} exp(log_decay_h (t - s)) [segment_s == segment_t] (q_t . k_s) v_s
 
 Legend: B batch, H heads, T tokens, R query/key width, V value width, N chunks, C tokens of a chunk.
 
 Arguments common to all forms:
-    q_BHTR, k_BHTR, v_BHTV: any floating type; computed in fp32 (fp64 stays fp64), returned in v's
-    type.
+    q_BHTR, k_BHTR, v_BHTV: any floating type; computed in fp32 (fp64 stays), returned in v's type.
     scale: multiplies the scores; 1/sqrt(d) in the paper (KalmaGrove, section 3.2).
     log_decay_H: logarithm of the decay per token, in [-inf, 0]; None is no decay (0).
     segments_BT: document number of every token, non-decreasing along T; None is one document.
@@ -57,8 +55,8 @@ def recurrent(
 ) -> tuple[Tensor, Tensor]:
     """Token by token: S_t = exp(log_decay) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t.
 
-    `state_BHRV` is the state after the tokens before these (None: zero). Returns the outputs [B,
-    H, T, V] and the state after the last token (fp32). Raises ValueError for segments with a
+    `state_BHRV` is the state after the tokens before these (None: zero). Returns the outputs
+    [B, H, T, V] and the state after the last token (fp32). Raises ValueError for segments with a
     state.
     """
     _refuse_segments_with_state(segments_BT, state_BHRV)
@@ -96,9 +94,10 @@ def chunked(
     chunk: int = 64,
     return_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Quadratic inside chunks of `chunk` tokens, recurrent between them: O(T) at a fixed chunk.
+    """Quadratic inside chunks of `chunk` tokens, a state per chunk between them.
 
-    The states of all chunks are combined by one [N, N] decay matrix instead of a loop over chunks.
+    The states of all chunks are combined by one [N, N] decay matrix instead of a loop over chunks:
+    O(T) work but for these N^2 R V multiplications, which stay small up to N of a few hundred.
     With segments, the state after a chunk holds only the segment of the chunk's last token: as
     segments do not decrease, no later token can need an earlier one.
 

@@ -43,13 +43,18 @@ def bspline_bases(h: Tensor, range_2: Tensor, *, degree: int, grid: int) -> Tens
     return bases
 
 
-@cache
+@torch.compiler.assume_constant_result
 def piece_matrix(degree: int) -> tuple[tuple[float, ...], ...]:
     """The uniform B-spline as polynomials: row q holds the powers of t in [0, 1) of the q-th basis
     function that is not zero on an interval, q = 0..degree.
 
     From N_n(x) = x/n N_{n-1}(x) + (n+1-x)/n N_{n-1}(x-1), exactly, in rational numbers.
     """
+    return _piece_matrix(degree)
+
+
+@cache
+def _piece_matrix(degree: int) -> tuple[tuple[float, ...], ...]:
     pieces = [[Fraction(1)]]  # pieces[s]: N on [s, s + 1), in powers of t = x - s
     for n in range(1, degree + 1):
         nothing = [Fraction(0)] * n

@@ -1,0 +1,90 @@
+"""Resuming is exact; kills, signals, damage, foreign checkpoints and full disks do no harm."""
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dist.harness import Ranks, run_ranks
+
+pytestmark = pytest.mark.dist
+
+
+def test_resuming_is_bit_exact_at_every_stage(tmp_path: Path) -> None:
+    adam: dict[str, Any] = {"batch": {"micro": 2}, "optim": {"kind": "adamw", "lr": 0.01}}
+    variants = {f"z{stage}": {**adam, "zero": {"stage": stage}} for stage in range(4)}
+    for stage in (1, 2, 3):
+        variants[f"z{stage} bf16"] = {**variants[f"z{stage}"], "engine": {"precision": "bf16"}}
+    variants["z2 muon"] = {**variants["z2"], "optim": {"kind": "muon", "lr": 0.01}}
+    result = run_ranks("roundtrip", 2, folder=str(tmp_path), variants=variants, timeout=200)
+    for name in variants:
+        found = result[name]
+        assert found["part"] == {step: found["whole"][step] for step in ("5", "6")}, name
+        assert found["equal"] == [True, True], name
+        assert found["random_equal"], name
+        assert found["val"][0] == found["val"][1], name
+        assert found["left"] == ["step-000004", "step-000006"], name
+        assert found["events"][:2] == [["loaded", 4], ["start", 4, 4 * 64]], name
+        exported, own = found["exported"]
+        assert exported == (own if "bf16" not in name else pytest.approx(own, rel=1e-3)), name
+        assert found["saved_step"] == 6, name
+
+
+def test_damaged_foreign_and_unwritable_checkpoints(tmp_path: Path) -> None:
+    result = run_ranks("refusals", 2, folder=str(tmp_path), timeout=200)
+    for rank in range(2):
+        model = result["model"][rank]
+        assert "model.d_model: checkpoint 12, run 16" in model
+        assert "model.logit_z_loss: checkpoint 0.0, run 0.5" in model
+        assert "zero.stage: checkpoint 1, run 2" in result["layout"][rank]
+        assert "optim.kind: checkpoint sgd, run adamw" in result["optim"][rank]
+        assert result["longer"][rank] == 6
+        assert "found no whole checkpoint" in result["nothing"][rank]
+        assert result["fallback"][rank] == 4
+        assert "found no whole checkpoint" in result["asked_damaged"][rank]
+        assert result["path"][rank] == 2
+        assert result["never"][rank] == 0
+    assert result["left"] == ["step-000002", "step-000004", "step-000006.aside"]
+    for rank in range(2):
+        for message in result[f"full_disk_{rank}"]:
+            assert "could not be written" in message
+            assert "last good checkpoint is" in message
+            assert "step-000004" in message
+        assert result[f"left_{rank}"] == result["left"]
+    assert result["after_path"] == ["step-000002", "step-000004.aside", "step-000006.aside"]
+
+
+def wait_for(checkpoint: Path, ranks: Ranks) -> None:
+    deadline = time.monotonic() + 90
+    while not checkpoint.exists():
+        assert time.monotonic() < deadline, ranks.output()
+        assert all(p.poll() is None for p in ranks.processes), ranks.output()
+        time.sleep(0.01)
+
+
+def test_killed_stopped_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    """SIGKILL of both processes, then SIGTERM to one of them, then to the end."""
+    common: dict[str, Any] = {"sections": {"zero": {"stage": 2}, "steps": 60}}
+    whole = Ranks("train", 2, folder=str(tmp_path / "whole"), **common)
+    whole_steps = whole.result()["steps"]
+    assert len(whole_steps) == 60
+    folder = tmp_path / "broken" / "checkpoints"
+
+    first = Ranks("train", 2, folder=str(folder.parent), **common)
+    wait_for(folder / "step-000010", first)
+    first.kill()
+
+    second = Ranks("train", 2, folder=str(folder.parent), **common)
+    wait_for(folder / "step-000030", second)
+    second.signal(signal.SIGTERM, 1)
+    assert second.codes() == [75, 75], second.output()
+    assert "the same command continues" in second.output()
+
+    last = run_ranks("train", 2, folder=str(folder.parent), **common)
+    start = last["events"][1]
+    assert start[0] == "start"
+    assert start[1] >= 30
+    assert last["steps"] == {k: v for k, v in whole_steps.items() if int(k) > start[1]}
+    assert last["events"][-1] == ["stop", "done"]

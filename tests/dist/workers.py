@@ -1,0 +1,314 @@
+"""What the processes of the distributed tests run; started by `harness`."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kalmagrove.config import CheckpointError, KalmaGroveError, NonFiniteError, Run
+from kalmagrove.engine import build_engine, connect, disconnect, fit, load_weights, resume, save
+from kalmagrove.engine.compat import local_weights
+from kalmagrove.parallel import Groups, all_reduce_sum, barrier
+from kalmagrove.nn import build_model
+from tests.dist.toy import ROWS, Recorder, Rows, Toy, real_run, toy_run
+
+
+def make(run: Run, groups: Groups, seed: int = 0) -> tuple[Any, Rows]:
+    torch.manual_seed(seed)
+    engine = build_engine(Toy(), run, groups)
+    return engine, Rows(run.batch.micro, groups.dp.rank, groups.dp.size)
+
+
+def real_model(groups: Groups, overrides: list[str], stages: list[int]) -> dict[str, Any]:
+    """The real Transformer at several ZeRO stages: losses, norms and router biases."""
+    result = {}
+    for stage in stages:
+        run = real_run([*overrides, f"zero.stage={stage}"])
+        torch.manual_seed(0)
+        engine = build_engine(build_model(run.model, groups), run, groups)
+        rows = Rows(run.batch.micro, groups.dp.rank, groups.dp.size)
+        found = []
+        for step in range(4):
+            loss, norm = engine.train_step([next(rows) for _ in range(engine.accumulation)], step)
+            mean = float(all_reduce_sum(loss.clone(), groups.dp)) / groups.dp.size
+            found.append((mean, float(norm)))
+        result[str(stage)] = found
+    return result
+
+
+def losses(run: Run, groups: Groups, steps: int) -> list[tuple[float, float]]:
+    """(loss averaged over ranks, gradient norm) of the first steps of a new engine."""
+    engine, rows = make(run, groups)
+    found = []
+    for step in range(steps):
+        loss, norm = engine.train_step([next(rows) for _ in range(engine.accumulation)], step)
+        mean = float(all_reduce_sum(loss.clone(), groups.dp)) / groups.dp.size
+        found.append((mean, float(norm)))
+    return found
+
+
+def equality(groups: Groups, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Losses of every variant, and the seconds a `build_engine` took."""
+    begun = time.perf_counter()
+    make(toy_run(), groups)
+    seconds = time.perf_counter() - begun
+    result = {name: losses(toy_run(**sections), groups, 6) for name, sections in variants.items()}
+    return {"losses": result, "build_seconds": seconds}
+
+
+def snapshot(engine: Any) -> list[torch.Tensor]:
+    """Copies of weights, optimizer state and buffers."""
+    optimizer = engine.deepspeed.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    state = [v for s in inner.state.values() for v in s.values() if torch.is_tensor(v)]
+    weights = [*local_weights(engine.deepspeed), *engine.module.parameters()]
+    biases = [b.bias for b in engine.module.blocks]
+    return [t.detach().clone() for t in (*weights, *state, *biases)]
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return len(left) == len(right) and all(map(torch.equal, left, right))
+
+
+def nonfinite(groups: Groups, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A bad loss or gradient in the first micro-batch, on the last rank, between good steps."""
+    result = {}
+    for name, sections in variants.items():
+        run = toy_run(**sections)
+        engine, rows = make(run, groups)
+        reference, other_rows = make(run, groups)
+        facts: dict[str, Any] = {"skipped": [], "unchanged": [], "reasons": [], "next_equal": []}
+
+        def good(which: Any, source: Rows, step: int) -> tuple[float, float]:
+            loss, norm = which.train_step([next(source) for _ in range(which.accumulation)], step)
+            return float(loss), float(norm)
+
+        good(engine, rows, 0), good(reference, other_rows, 0)
+        for flag in ("bad_loss", "bad_gradient"):
+            before = snapshot(engine)
+            micro_batches = [next(rows) for _ in range(engine.accumulation)]
+            last = groups.dp.rank == groups.dp.size - 1
+            loss, _ = engine.train_step(Breaking(micro_batches, engine.module, flag, last), 1)
+            facts["skipped"].append(engine.skipped)
+            facts["unchanged"].append(same(before, snapshot(engine)))
+            facts["reasons"].append(engine.nonfinite_reason(loss))
+            for block in (*engine.module.blocks, *reference.module.blocks):
+                block.load.zero_()  # counted in the skipped step too
+            for _ in range(engine.accumulation):
+                next(other_rows)
+            facts["next_equal"].append(good(engine, rows, 1) == good(reference, other_rows, 1))
+            facts["next_equal"].append(same(snapshot(engine), snapshot(reference)))
+        facts["total"] = engine.nonfinite_total
+        result[name] = _everywhere(facts, groups)
+    return result
+
+
+class Breaking(list):
+    """Micro-batches that break the model, on one rank, while the first of them is computed."""
+
+    def __init__(self, batches: list[Any], module: Toy, flag: str, here: bool) -> None:
+        super().__init__(batches)
+        self.module, self.flag, self.here = module, flag, here
+
+    def __iter__(self) -> Any:
+        for i, batch in enumerate(super().__iter__()):
+            setattr(self.module, self.flag, self.here and i == 0)
+            yield batch
+        setattr(self.module, self.flag, False)
+
+
+def _everywhere(value: Any, groups: Groups) -> list[Any]:
+    box = [None] * groups.world.size
+    torch.distributed.all_gather_object(box, value)
+    return box
+
+
+def roundtrip(groups: Groups, folder: str, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Train and save; then resume a differently initialised engine halfway and compare."""
+    result = {}
+    for name, sections in variants.items():
+        run_dir = Path(folder) / name
+        run = toy_run(**{"checkpoint": {"every": 2, "keep": 2}, "eval": {"every": 3}, **sections})
+        engine, rows = make(run, groups)
+        whole = Recorder(groups)
+        state = resume(engine, rows, whole, run, run_dir)
+        outcome = fit(engine, rows, validation(groups), whole, state, run)
+        expected, random_numbers = snapshot(engine), torch.rand(3).tolist()
+        left = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+        barrier(groups.world)
+
+        fresh = Toy()
+        saved = load_weights(run_dir, fresh)
+        exported = float(fresh.eval()(**next(iter(validation(groups)))).loss)
+        engine.module.eval()
+        own = float(engine.eval_loss(next(iter(validation(groups))))[0])
+
+        barrier(groups.world)
+        if groups.is_main:
+            shutil.rmtree(run_dir / "checkpoints" / "step-000006")
+        barrier(groups.world)
+        engine, rows = make(run, groups, seed=1)
+        torch.manual_seed(99)
+        part = Recorder(groups)
+        state = resume(engine, rows, part, run, run_dir)
+        again = fit(engine, rows, validation(groups), part, state, run)
+        result[name] = {
+            "whole": whole.steps,
+            "part": part.steps,
+            "events": part.events,
+            "left": left,
+            "equal": _everywhere(same(expected, snapshot(engine)), groups),
+            "random_equal": random_numbers == torch.rand(3).tolist(),
+            "val": [outcome.val_nats, again.val_nats],
+            "exported": [exported, own],
+            "saved_step": saved["step"],
+        }
+    return result
+
+
+def validation(groups: Groups) -> list[dict[str, Any]]:
+    rows = Rows(2, groups.dp.rank, groups.dp.size)
+    rows.samples = 1000 * ROWS
+    return [{**next(rows), "normalizer": 1.0} for _ in range(2)]
+
+
+def refusals(groups: Groups, folder: str) -> dict[str, Any]:
+    """Damaged, foreign and unwritable checkpoints."""
+    run_dir, result = Path(folder), {}
+    run = toy_run(checkpoint={"every": 2, "keep": 3})
+    engine, rows = make(run, groups)
+    state = resume(engine, rows, Recorder(groups), run, run_dir)
+    fit(engine, rows, validation(groups), Recorder(groups), state, run)
+    barrier(groups.world)
+
+    def attempt(**sections: Any) -> list[Any]:
+        other = toy_run(**{"checkpoint": {"every": 2, "keep": 3}, **sections})
+        engine, rows = make(other, groups)
+        try:
+            state = resume(engine, rows, Recorder(groups), other, run_dir)
+            return _everywhere(state.step, groups)
+        except CheckpointError as error:
+            return _everywhere(str(error), groups)
+
+    result["model"] = attempt(model={"d_model": 16, "logit_z_loss": 0.5})
+    result["layout"] = attempt(zero={"stage": 2})
+    result["optim"] = attempt(optim={"kind": "adamw"})
+    result["longer"] = attempt(steps=9, optim={"lr": 0.1})
+    result["nothing"] = attempt(checkpoint={"resume": str(run_dir / "elsewhere")})
+    victim = run_dir / "checkpoints" / "step-000006"
+    if groups.is_main:
+        shard = sorted(victim.glob("*optim_states.pt"))[-1]
+        os.truncate(shard, shard.stat().st_size - 10)
+        (run_dir / "checkpoints" / "step-000008.tmp").mkdir()
+    barrier(groups.world)
+    result["asked_damaged"] = attempt(checkpoint={"resume": str(victim)})
+    result["fallback"] = attempt()
+    result["left"] = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+
+    engine, rows = make(run, groups)
+    state = resume(engine, rows, Recorder(groups), run, run_dir)
+    for rank in range(groups.world.size):
+        state.step += 1
+        with small_files(groups.world.rank == rank):
+            try:
+                save(engine, rows, Recorder(groups), state)
+                message = "written"
+            except CheckpointError as error:
+                message = str(error)
+        result[f"full_disk_{rank}"] = _everywhere(message, groups)
+        result[f"left_{rank}"] = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+        barrier(groups.world)
+    result["path"] = attempt(checkpoint={"resume": str(run_dir / "checkpoints" / "step-000002")})
+    result["after_path"] = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+    barrier(groups.world)
+    result["never"] = attempt(checkpoint={"resume": "never"})
+    return result
+
+
+@contextlib.contextmanager
+def small_files(here: bool) -> Iterator[None]:
+    """On this rank, no file can grow past 1 kB: writes fail in the kernel, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if here:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def train(groups: Groups, folder: str, sections: dict[str, Any]) -> dict[str, Any]:
+    """One run as a command makes it, slow enough to be killed."""
+    run_dir = Path(folder)
+    run = toy_run(**{"checkpoint": {"every": 5}, **sections})
+    engine, rows = make(run, groups)
+    meters = Recorder(groups)
+
+    class Slow(Rows):
+        def __next__(self) -> dict[str, Any]:
+            time.sleep(0.01)
+            return super().__next__()
+
+    rows = Slow(run.batch.micro, groups.dp.rank, groups.dp.size)
+    state = resume(engine, rows, meters, run, run_dir)
+    try:
+        fit(engine, rows, validation(groups), meters, state, run)
+    except KalmaGroveError as error:
+        print(error)
+        os._exit(error.exit_code)
+    return {"steps": meters.steps, "events": meters.events}
+
+
+def gives_up(groups: Groups, folder: str) -> dict[str, Any]:
+    """Every step from the third on is bad: `fit` ends with advice, a checkpoint stays."""
+    run = toy_run(steps=20, checkpoint={"every": 1}, engine={"max_nonfinite": 3})
+    engine, rows = make(run, groups)
+    meters = Recorder(groups)
+
+    class Bad(Rows):
+        def __next__(self) -> dict[str, Any]:
+            engine.module.bad_loss = self.samples >= 2 * ROWS and groups.dp.rank == 0
+            return super().__next__()
+
+    rows = Bad(run.batch.micro, groups.dp.rank, groups.dp.size)
+    state = resume(engine, rows, meters, run, Path(folder))
+    try:
+        fit(engine, rows, validation(groups), meters, state, run)
+        message = "no error"
+    except NonFiniteError as error:
+        message = str(error)
+    finite = all(bool(torch.isfinite(w).all()) for w in local_weights(engine.deepspeed))
+    next(engine.module.parameters()).data.fill_(float("nan"))
+    local_weights(engine.deepspeed)[0].data.fill_(float("nan"))
+    try:
+        save(engine, rows, meters, state)
+        poisoned = "written"
+    except NonFiniteError as error:
+        poisoned = str(error)
+    return {"message": message, "events": meters.events, "finite": finite, "poisoned": poisoned}
+
+
+WORKERS: dict[str, Any] = {
+    "equality": equality,
+    "real_model": real_model,
+    "nonfinite": nonfinite,
+    "roundtrip": roundtrip,
+    "refusals": refusals,
+    "train": train,
+    "gives_up": gives_up,
+}
+
+if __name__ == "__main__":
+    worker, arguments, result_path = sys.argv[1:]
+    device = connect(toy_run())
+    groups = Groups.init(toy_run().parallel, device)
+    result = WORKERS[worker](groups, **json.loads(arguments))
+    if groups.is_main:
+        Path(result_path).write_text(json.dumps(result))
+    disconnect()

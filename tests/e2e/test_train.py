@@ -1,0 +1,181 @@
+"""Train, look at what is left, kill, resume, stop, generate."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import command, run
+
+pytestmark = pytest.mark.e2e
+TWO = "launch.nproc=2"
+SUMMARY = {
+    "status", "steps", "tokens", "val_loss_nats", "val_bits_per_byte", "unigram_nats",
+    "bigram_nats", "tokens_per_s", "device_seconds", "usd", "params_total", "params_active",
+    "world_size", "commit",
+}  # fmt: skip
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Training loss by step; of a step done twice, the later line counts."""
+    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["event"] == "step"}
+
+
+@pytest.fixture(scope="module")
+def finished(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 24 steps on two processes, never interrupted."""
+    place = tmp_path_factory.mktemp("finished")
+    words = [*settings, TWO, "zero=stage2", "steps=24", "name=whole", "checkpoint.every=8"]
+    done = run("train", *words, cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (place / "stdout").write_text(done.stdout)
+    return place
+
+
+def test_what_a_run_leaves(finished: Path) -> None:
+    folder = finished / "runs" / "whole"
+    assert (finished / "runs" / "latest").resolve() == folder.resolve()
+    for name in ("config.yaml", "ledger.jsonl", "console.log", "checkpoints", "samples"):
+        assert (folder / name).exists(), name
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
+        "step-000016",
+        "step-000024",
+    ]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary) >= SUMMARY
+    assert summary["status"] == "done"
+    assert (summary["steps"], summary["tokens"]) == (24, 24 * 512)
+    assert summary["world_size"] == 2
+    assert summary["usd"] > 0
+    assert summary["usd"] == pytest.approx(summary["device_seconds"] * 0.04 / 3600, rel=1e-3)
+    assert 0 < summary["bigram_nats"] < summary["unigram_nats"]
+    assert summary["params_active"] < summary["params_total"]
+    by_step = losses(folder)
+    assert set(by_step) == set(range(1, 25))
+    assert by_step[24] < by_step[1] - 0.5, "a model learns"
+    out = (finished / "stdout").read_text()
+    assert "bigram" in out
+    assert (folder / "samples" / "step-000024.txt").read_text().strip() in out
+
+
+def test_one_process_gives_the_same_losses(finished: Path, settings: list[str]) -> None:
+    words = [*settings, "zero=stage0", "steps=24", "name=alone", "batch.micro=8"]
+    words += ["checkpoint.every=100"]
+    done = run("train", *words, cwd=finished)
+    assert done.returncode == 0, done.stderr
+    alone = losses(finished / "runs" / "alone")
+    whole = losses(finished / "runs" / "whole")
+    for step in range(1, 13):  # rounding grows with the steps
+        assert alone[step] == pytest.approx(whole[step], rel=2e-4), step
+
+
+def test_a_finished_run_is_not_trained_again(finished: Path, settings: list[str]) -> None:
+    config = finished / "runs" / "whole" / "config.yaml"
+    before = (config.parent / "ledger.jsonl").read_bytes()
+    done = run("train", "--config", str(config), cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert "has already done its 24 steps" in done.stdout
+    assert (config.parent / "ledger.jsonl").read_bytes() == before
+
+
+def start(words: list[str], cwd: Path) -> subprocess.Popen[bytes]:
+    with (cwd / "log").open("ab") as log:
+        return subprocess.Popen(
+            command("train", *words),
+            cwd=cwd,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+
+def wait_for(process: subprocess.Popen[bytes], folder: Path, step: int) -> None:
+    """Until the run's ledger has the line of `step`."""
+    ledger, until = folder / "ledger.jsonl", time.monotonic() + 180
+    while time.monotonic() < until:
+        log = (folder.parent.parent / "log").read_text()
+        assert process.poll() is None, log
+        if ledger.exists() and f'"step": {step},' in ledger.read_text().replace('":', '": '):
+            return
+        if ledger.exists() and max(losses(folder), default=0) >= step:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"step {step} was not reached in time")
+
+
+def test_killed_and_resumed_is_bit_exact(
+    finished: Path, settings: list[str], tmp_path: Path
+) -> None:
+    words = [*settings, TWO, "zero=stage2", "steps=24", "name=whole", "checkpoint.every=8"]
+    process = start(words, tmp_path)
+    folder = tmp_path / "runs" / "whole"
+    wait_for(process, folder, 11)
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = max(losses(folder))
+    assert 11 <= reached < 24, "the kill came in time"
+    done = run("train", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(folder) == losses(finished / "runs" / "whole")
+    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    (resumed,) = [line for line in lines if line["event"] == "resume"]
+    assert resumed["step"] in (8, 16)
+    assert resumed["lost_steps"] == reached - resumed["step"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert summary["tokens"] == 24 * 512
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves(
+    number: signal.Signals, settings: list[str], tmp_path: Path
+) -> None:
+    words = [*settings, TWO, "steps=3000", "name=stopped", "checkpoint.every=2000"]
+    process = start(words, tmp_path)
+    folder = tmp_path / "runs" / "stopped"
+    wait_for(process, folder, 3)
+    process.send_signal(number)
+    assert process.wait(timeout=120) == 75, (tmp_path / "log").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    assert (folder / "checkpoints" / f"step-{summary['steps']:06d}" / "state.json").exists()
+    assert "the same command continues" in (tmp_path / "log").read_text()
+
+
+def test_another_model_is_refused(finished: Path, settings: list[str]) -> None:
+    words = [*settings, TWO, "zero=stage2", "steps=30", "name=whole", "ffn=dense"]
+    done = run("train", *words, cwd=finished)
+    assert done.returncode == 1
+    assert "model.ffn.pattern" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_generate(finished: Path) -> None:
+    words = ["generate", "run=runs/whole", "max_new_tokens=12", "prompt=def f(x):", "prompt=import"]
+    first, second = (run(*words, cwd=finished) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    assert first.stdout.startswith("def f(x):")
+    assert "\nimport" in first.stdout
+    missing = run("generate", "run=runs/none", cwd=finished)
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("kalmagrove: run=")
+    assert missing.stderr.count("\n") == 1
+
+
+def test_a_mistake_leaves_nothing_behind(settings: list[str], tmp_path: Path) -> None:
+    done = run("train", *settings, "model.ffn.kan.top_k=99", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+    done = run("train", *settings, "data.seq_len=4000000", "batch.tokens=16000000", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "data.seq_len=4000000" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,187 @@
+"""Finding, verifying, rotating and comparing checkpoints, and restricted loading."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kalmagrove.config import CheckpointError
+from kalmagrove.engine.checkpoint import load_weights
+from kalmagrove.engine.checkpoint_files import (
+    FORMAT,
+    checksum,
+    differences,
+    faults,
+    find_checkpoints,
+    read_state,
+    remove_unfinished,
+    rotate,
+    set_aside,
+    step_folder,
+    write_json,
+)
+from kalmagrove.engine.compat import ChecksumFile
+
+pytestmark = pytest.mark.unit
+RUN = {
+    "model": {"d_model": 256, "name": "a", "backend": "auto", "ffn": {"pattern": ["kan"]}},
+    "optim": {"kind": "adamw", "decay_splines": False, "lr": 1e-3},
+    "data": {"tokenizer": {"kind": "bpe", "vocab_size": 512}, "seq_len": 8},
+    "steps": 10,
+}
+HERE = {
+    "run": RUN,
+    "layout": {"world_size": 2, "zero.stage": 1},
+    "parameters": "abc",
+    "batches": {"samples": 80, "data": "f00"},
+}
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    path = step_folder(folder, step)
+    path.mkdir(parents=True)
+    torch.save({"w": torch.ones(3)}, path / "rank-0.pt")
+    files = {"rank-0.pt": checksum(path / "rank-0.pt")}
+    write_json(path / "state.json", {"format": FORMAT, "step": step, "files": files})
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_checkpoints_are_found_newest_first_from_any_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    made = [checkpoint(folder, step) for step in (5, 1000000, 20)]
+    (folder / "step-000099.tmp").mkdir()
+    newest_first = [made[1], made[2], made[0]]
+    assert find_checkpoints(folder) == newest_first
+    assert find_checkpoints(tmp_path) == newest_first
+    assert find_checkpoints(made[2]) == [made[2]]
+    assert find_checkpoints(tmp_path / "none") == []
+
+
+def test_whole_checkpoints_have_no_faults(tmp_path: Path) -> None:
+    assert faults(checkpoint(tmp_path, 1)) == []
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 1)
+    file = path / "rank-0.pt"
+    data = file.read_bytes()
+    file.write_bytes(data[:-10])
+    expected = f"rank-0.pt has {len(data) - 10} bytes instead of {len(data)}"
+    assert faults(path) == [expected]
+    file.write_bytes(data[:-10] + bytes(10))
+    assert faults(path) == ["rank-0.pt has a wrong checksum"]
+    file.unlink()
+    assert faults(path) == ["rank-0.pt is missing"]
+    (path / "state.json").write_text('{"format": 1, "files"')
+    assert "state.json cannot be read" in faults(path)[0]
+
+
+def test_ranks_share_the_reading(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 1)
+    (path / "rank-0.pt").unlink()
+    assert [len(faults(path, rank, 3)) for rank in range(3)] == [1, 0, 0]
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 1)
+    write_json(path / "state.json", {"format": FORMAT + 1})
+    with pytest.raises(CheckpointError, match=f"has format {FORMAT + 1}"):
+        read_state(path)
+
+
+def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10):
+        checkpoint(tmp_path, step)
+    rotate(tmp_path, 2)
+    assert names(tmp_path) == ["step-000003", "step-000010"]
+
+
+def test_leftovers_of_a_kill_are_removed_or_put_back(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 1)
+    (tmp_path / "step-000002.tmp").mkdir()
+    checkpoint(tmp_path, 3).rename(tmp_path / "step-000003.old")  # killed while being replaced
+    checkpoint(tmp_path, 4)
+    (tmp_path / "step-000004.old").mkdir()
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == ["step-000001", "step-000003", "step-000004"]
+
+
+def test_checkpoints_of_an_abandoned_future_are_set_aside(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint(tmp_path, step)
+    set_aside(tmp_path, 1)
+    assert names(tmp_path) == ["step-000001", "step-000002.aside", "step-000003.aside"]
+    assert find_checkpoints(tmp_path) == [tmp_path / "step-000001"]
+
+
+def changed(*path_and_value: Any) -> dict[str, Any]:
+    *path, key, value = path_and_value
+    tree = copy.deepcopy(HERE)
+    node = tree
+    for part in path:
+        node = node[part]
+    node[key] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("here", "expected"),
+    [
+        (changed("run", "steps", 99), []),
+        (changed("run", "optim", "lr", 1.0), []),
+        (changed("run", "model", "name", "b"), []),
+        (changed("run", "model", "backend", "triton"), []),
+        (changed("batches", "samples", 0), []),
+        (changed("run", "model", "new_setting", 1), []),
+        (changed("run", "model", "d_model", 128), ["model.d_model: checkpoint 256, run 128"]),
+        (changed("run", "optim", "kind", "sgd"), ["optim.kind: checkpoint adamw, run sgd"]),
+        (changed("layout", "world_size", 4), ["world_size: checkpoint 2, run 4"]),
+        (changed("layout", "zero.stage", 3), ["zero.stage: checkpoint 1, run 3"]),
+        (changed("batches", "data", "ba4"), ["batches.data: checkpoint f00, run ba4"]),
+        (
+            changed("run", "data", "tokenizer", "vocab_size", 300),
+            ["data.tokenizer.vocab_size: checkpoint 512, run 300"],
+        ),
+        (
+            changed("run", "model", "ffn", "pattern", ("dense",)),
+            ["model.ffn.pattern: checkpoint ['kan'], run ['dense']"],
+        ),
+    ],
+    ids=lambda value: str(value)[:50] if isinstance(value, list) else "",
+)
+def test_what_must_agree(here: dict[str, Any], expected: list[str]) -> None:
+    assert differences(HERE, here) == expected
+
+
+def test_other_parameters_under_the_same_settings_are_noticed() -> None:
+    assert "names or shapes differ" in differences(HERE, changed("parameters", "xyz"))[0]
+
+
+def test_checksums_are_taken_while_writing(tmp_path: Path) -> None:
+    with ChecksumFile(tmp_path / "a.pt") as file:
+        torch.save({"w": torch.arange(5000), "n": [1, "x"]}, file)
+    assert (file.size, file.checksum) == checksum(tmp_path / "a.pt")
+    assert torch.equal(torch.load(tmp_path / "a.pt")["w"], torch.arange(5000))
+
+
+def test_weights_of_nothing_and_of_another_model(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        load_weights(tmp_path, torch.nn.Linear(2, 2))
+    path = step_folder(tmp_path, 1)
+    path.mkdir()
+    save_file({"weight": torch.ones(3, 2), "bias": torch.ones(3)}, path / "model.safetensors")
+    files = {"model.safetensors": checksum(path / "model.safetensors")}
+    write_json(path / "state.json", {"format": FORMAT, "files": files})
+    with pytest.raises(CheckpointError, match=r"weight: checkpoint \(3, 2\), model \(2, 2\)"):
+        load_weights(tmp_path, torch.nn.Linear(2, 2))
+    model = torch.nn.Linear(2, 3)
+    load_weights(tmp_path, model)
+    assert torch.equal(model.weight, torch.ones(3, 2))

@@ -1,0 +1,81 @@
+"""What is decayed, what Muon moves, and that every parameter is in exactly one group."""
+
+import pytest
+import torch
+from torch import nn
+
+from kalmagrove.config import ConfigError, Optim
+from kalmagrove.engine.optim import build_optimizer
+from kalmagrove.engine.param_groups import parameter_groups, parameter_kind
+
+pytestmark = pytest.mark.unit
+TAGS = {"norm": (4,), "spline": (3, 4), "kernel": (2, 2), "embedding": (6, 4), "decay": (2, 3)}
+
+
+class Tagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for kind, shape in TAGS.items():
+            parameter = nn.Parameter(torch.zeros(shape))
+            parameter.kind = kind
+            self.register_parameter(kind, parameter)
+        self.linear = nn.Linear(4, 4)
+        self.batch_of_matrices = nn.Parameter(torch.zeros(2, 3, 4))
+        self.frozen = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
+
+
+def names(optim: Optim) -> dict[str, tuple[float, float, set[str]]]:
+    model = Tagged()
+    of = {id(p): name for name, p in model.named_parameters()}
+    return {
+        g["name"]: (g["lr"], g["weight_decay"], {of[id(p)] for p in g["params"]})
+        for g in parameter_groups(model, optim)
+    }
+
+
+def test_untagged_parameters_go_by_their_dimensions() -> None:
+    model = Tagged()
+    assert parameter_kind(model.linear.weight) == "matrix"
+    assert parameter_kind(model.linear.bias) == "bias"
+    assert parameter_kind(model.spline) == "spline"
+
+
+def test_only_matrices_and_embeddings_decay() -> None:
+    assert names(Optim(lr=0.5, weight_decay=0.2)) == {
+        "decay": (0.5, 0.2, {"embedding", "linear.weight", "batch_of_matrices"}),
+        "no_decay": (0.5, 0.0, {"norm", "spline", "kernel", "decay", "linear.bias"}),
+    }
+
+
+def test_splines_decay_if_asked() -> None:
+    assert "spline" in names(Optim(decay_splines=True))["decay"][2]
+
+
+def test_muon_takes_the_matrices_with_its_own_rate() -> None:
+    found = names(Optim(kind="muon", lr=0.5, muon_lr=0.25, weight_decay=0.2))
+    assert found["muon"] == (0.25, 0.2, {"linear.weight", "batch_of_matrices"})
+    assert found["decay"] == (0.5, 0.2, {"embedding"})
+    assert found["no_decay"][2] == {"norm", "spline", "kernel", "decay", "linear.bias"}
+
+
+def test_unknown_kinds_and_empty_models_are_refused() -> None:
+    model = Tagged()
+    model.norm.kind = "nrom"
+    with pytest.raises(AssertionError, match="nrom"):
+        parameter_groups(model, Optim())
+    with pytest.raises(ConfigError, match="no trainable parameter"):
+        parameter_groups(nn.Identity(), Optim())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "sgd"])
+def test_every_optimizer_moves_every_trainable_parameter(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Tagged()
+    optimizer = build_optimizer(model, Optim(kind=kind), torch.device("cpu"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert still == {"frozen"}
