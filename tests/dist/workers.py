@@ -16,8 +16,8 @@ import torch
 from kalmagrove.config import CheckpointError, KalmaGroveError, NonFiniteError, Run
 from kalmagrove.engine import build_engine, connect, disconnect, fit, load_weights, resume, save
 from kalmagrove.engine.compat import local_weights
-from kalmagrove.parallel import Groups, all_reduce_sum, barrier
 from kalmagrove.nn import build_model
+from kalmagrove.parallel import Groups, all_reduce_sum, barrier
 from tests.dist.toy import ROWS, Recorder, Rows, Toy, real_run, toy_run
 
 

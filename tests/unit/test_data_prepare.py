@@ -158,7 +158,7 @@ def test_a_damaged_cache_is_named(tmp_path, checked, name, damage, message):
 
 
 def test_a_missing_cache_is_named(tmp_path):
-    with pytest.raises(DataError, match="no token cache at .*nowhere"):
+    with pytest.raises(DataError, match=r"no token cache at .*nowhere"):
         open_prepared(tmp_path / "nowhere")
 
 
