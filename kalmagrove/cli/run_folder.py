@@ -11,7 +11,7 @@ from kalmagrove.config import ConfigError, Run
 
 
 def choose(run: Run) -> Path:
-    """The run's folder. With `checkpoint.resume=never` an existing one is kept: a number is added."""
+    """The run's folder; with `checkpoint.resume=never` one that does not exist yet."""
     base = Path(run.dir).expanduser().resolve() / run.run_name
     if run.checkpoint.resume != "never":
         return base

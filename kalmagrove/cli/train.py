@@ -81,6 +81,8 @@ def train_on_this_rank(run: Run) -> int:
     from kalmagrove.parallel import Groups
 
     logging.basicConfig(format="kalmagrove: %(message)s")
+    if launch.launched_rank() == 0:
+        logging.getLogger("kalmagrove").setLevel(logging.INFO)
     # DeepSpeed calls collectives under names that torch 2.13 renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     prepared = prepare(run.data, progress=launch.launched_rank() == 0)

@@ -53,7 +53,7 @@ def close(found: Any, expected: Any, tolerance: float) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_losses_and_norms_are_those_of_plain_torch(ranks: int) -> None:
-    """Also with accumulation and activation checkpointing together, without clipping, and in bf16."""
+    """Also with accumulation and activation checkpointing, without clipping, with Muon, in bf16."""
     variants: dict[str, tuple[str, float, dict[str, Any]]] = {}
     for stage in (0, 1, 2, 3):
         zero: dict[str, Any] = {"zero": {"stage": stage}, "batch": {"micro": ROWS // ranks}}
@@ -84,7 +84,7 @@ def test_the_real_model_too() -> None:
     torch.manual_seed(0)
     expected = plain_torch(run, build_model(run.model, Groups.single()), 4)
     result = run_ranks(
-        "real_model", 2, overrides=overrides + ["batch.micro=2"], stages=[0, 1, 2, 3]
+        "real_model", 2, overrides=[*overrides, "batch.micro=2"], stages=[0, 1, 2, 3]
     )
     for stage, found in result.items():
         try:

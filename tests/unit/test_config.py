@@ -8,6 +8,7 @@ import yaml
 
 from kalmagrove.cli.compose import compose_tree, conf_dir
 from kalmagrove.config import ConfigError, Generate, Prepare, load, validate
+from kalmagrove.config.counts import ffn_count, parameter_count
 
 pytestmark = pytest.mark.unit
 OPTIONS = sorted(p.relative_to(conf_dir()) for p in conf_dir().glob("*/*.yaml"))
@@ -59,6 +60,32 @@ def test_yaml_covers_every_field_of_a_model(tree: dict) -> None:
     for kind, block in tree["model"]["ffn"].items():
         if kind != "pattern":
             assert set(block) == set(getattr(run.model.ffn, kind).model_dump()), kind
+
+
+@pytest.mark.parametrize("preset", ["kan_tiny", "kan_nano", "kan_135m", "kan_1b_a135m", "kan_1b"])
+def test_the_feed_forwards_of_a_preset_are_a_fair_comparison(preset: str) -> None:
+    active = {
+        kind: ffn_count(load(compose_tree("train", [f"model={preset}", f"ffn={kind}"])).model, 0)
+        for kind in ("kan", "dense", "moe", "grove")
+    }
+    for kind, count in active.items():
+        assert count.active == pytest.approx(active["kan"].active, rel=0.05), kind
+
+
+def test_preset_sizes() -> None:
+    """The sizes that the presets' names and comments promise, with SmolLM2's 49,152 tokens."""
+    sizes = {
+        name: parameter_count(
+            load(compose_tree("train", [f"model={name}"])).with_vocab(49152).model
+        )
+        for name in ("kan_135m", "moe_135m", "dense_135m", "kan_1b", "kan_1b_a135m")
+    }
+    assert sizes["dense_135m"].total == 134_515_008
+    for name in ("kan_135m", "moe_135m"):
+        assert sizes[name].total == pytest.approx(135e6, rel=0.03)
+    for name in ("kan_1b", "kan_1b_a135m"):
+        assert sizes[name].total == pytest.approx(1e9, rel=0.06)
+    assert sizes["kan_1b_a135m"].active == pytest.approx(135e6, rel=0.08)
 
 
 REFUSED = [

@@ -19,8 +19,9 @@ from kalmagrove.config import (
     MoE,
     Softmax,
 )
+from kalmagrove.config.counts import ffn_count
 from kalmagrove.nn import ffn as ffn_module
-from kalmagrove.nn.ffn import FFNOutput, build_ffn, count_ffn, resolve_backend
+from kalmagrove.nn.ffn import FFNOutput, build_ffn, resolve_backend
 from kalmagrove.parallel import Groups
 
 pytestmark = pytest.mark.unit
@@ -58,7 +59,7 @@ def test_counts_are_those_of_the_built_module(
 ) -> None:
     config = model(basis, base, shared)
     built = build_ffn(config, layer, Groups.single())
-    total, active = count_ffn(config, layer)
+    total, active = ffn_count(config, layer)
     assert total == sum(p.numel() for p in built.parameters())
     assert active == total if layer == 0 else active < total
 
@@ -66,9 +67,9 @@ def test_counts_are_those_of_the_built_module(
 def test_active_counts_are_the_parts_one_token_uses() -> None:
     config = model()
     kan = 12 * 16 + 12 * (5 + 3) + 12 + 3 * 2 * 4 * 16
-    assert count_ffn(config, 1).active == (2 * 8 + 5) * 3 * 16 + 6 * 16
-    assert count_ffn(config, 2).active == kan
-    assert count_ffn(config, 3).active == 3 * kan + 4 * (3 * 16 + 16 + 1)
+    assert ffn_count(config, 1).active == (2 * 8 + 5) * 3 * 16 + 6 * 16
+    assert ffn_count(config, 2).active == kan
+    assert ffn_count(config, 3).active == 3 * kan + 4 * (3 * 16 + 16 + 1)
 
 
 @pytest.mark.parametrize("layer", range(4), ids=KINDS)
