@@ -101,6 +101,8 @@ class Edge(Section):
     init_scale: float = Field(
         0.1, ge=0
     )  # size of the basis part at the start, relative to the base
+    refit_above: float | None = Field(0.05, ge=0, lt=1)
+    # ^ share of pre-activations out of range above which the grid is refitted; null: never
 
 
 class KAN(Section):

@@ -67,6 +67,8 @@ class Engine(Section):
     activation_checkpointing: bool = False
     compile: bool = False
     max_nonfinite: PositiveInt = 5  # skipped steps in a row before the run stops
+    refit_every: PositiveInt | None = 100
+    # ^ steps between looks at the grids' ranges (`edge.refit_above`); null: never
     threads: PositiveInt | None = None  # CPU threads a process; null: cores / local processes
 
 

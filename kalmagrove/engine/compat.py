@@ -135,6 +135,38 @@ def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
         yield parameter
 
 
+def master_weight(parameter: nn.Parameter) -> Tensor:
+    """A copy of the whole parameter as the optimizer holds it, fp32. Collective under ZeRO."""
+    if not (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):
+        return parameter.detach().float().clone()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return cast(Tensor, safe_get_full_fp32_param(parameter))
+
+
+@torch.no_grad()
+def set_weight(parameter: nn.Parameter, value: Tensor, dp: Group) -> None:
+    """Make `value` (whole, fp32, the same on all ranks) the parameter and what the optimizer holds.
+
+    Without the second the next step would put the old weight back. Collective under ZeRO.
+    """
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+        part = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        # DeepSpeed's own setter of whole values cannot split what does not divide over the ranks.
+        padded = nn.functional.pad(value.flatten(), (0, part * dp.size - value.numel()))
+        deepspeed.utils.safe_set_local_fp32_param(parameter, padded[part * dp.rank :][:part])
+        return
+    parameter.copy_(value)
+    if hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value)
+
+
 class CheckpointFiles:
     """DeepSpeed's checkpoint engine: writes with checksums, never raises in the middle of a save.
 

@@ -31,6 +31,8 @@ def build_engine(model: nn.Module, run: Run, groups: Groups) -> "Engine":
     model.activation_checkpointing = run.engine.activation_checkpointing  # type: ignore[assignment]
     if run.engine.compile:
         _compile_blocks(model, run)
+    if dtype == torch.bfloat16:  # fp32 islands (ADA's state, routers): TF32 is finer than the rest
+        torch.set_float32_matmul_precision("high")
     model.to(groups.device)
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = build_optimizer(model, run.optim, groups.device)

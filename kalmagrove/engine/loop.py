@@ -6,7 +6,7 @@ no price: batches are iterated, meters are told.
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,9 +16,10 @@ import torch
 from kalmagrove.config import CheckpointError, DataError, Interrupted, NonFiniteError, Run
 from kalmagrove.engine.checkpoint import State, save
 from kalmagrove.engine.engine import Batch, Engine
+from kalmagrove.engine.refit import refit_grids
 from kalmagrove.engine.signals import StopRequest
 from kalmagrove.parallel import all_reduce_sum
-from kalmagrove.track.records import StepRecord
+from kalmagrove.track.records import GridRefit, StepRecord
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class Observer(Protocol):
     def checkpointed(self, step: int, tokens: int, path: Path, seconds: float) -> None: ...
 
     def skipped(self, step: int, reason: str) -> None: ...
+
+    def refitted(self, step: int, tokens: int, grids: Mapping[str, GridRefit]) -> None: ...
 
     def stop(self, status: str, **facts: Any) -> None: ...
 
@@ -94,8 +97,8 @@ def fit(
     except Interrupted:
         meters.stop("stopped", step=state.step)
         raise
-    except (NonFiniteError, CheckpointError) as error:
-        meters.stop("failed", step=state.step, reason=str(error))
+    except BaseException as error:
+        meters.stop("failed", step=state.step, reason=f"{type(error).__name__}: {error}")
         raise
     meters.stop("done", step=state.step)
     assert state.newest is not None, "the last step is saved"
@@ -160,6 +163,10 @@ def _step(engine: Engine, batches: Batches, meters: Observer, state: State, run:
         reason = engine.nonfinite_reason(loss)
         meters.skipped(state.step, reason)
         _give_up(engine, state, run, reason)
+    elif run.engine.refit_every and state.step % run.engine.refit_every == 0:
+        grids = refit_grids(engine, micro_batches[0])
+        if grids:
+            meters.refitted(state.step, state.tokens, grids)
 
 
 def _give_up(engine: Engine, state: State, run: Run, reason: str) -> None:

@@ -105,7 +105,19 @@ class EdgeActivation(Fp32Buffers):
         return value_NM + scale_M * BASE_FUNCTIONS[self.config.base](h_NM)
 
     @torch.no_grad()
-    def refit(self, h_NM: Tensor, grove: int | None = None, coverage: float = 0.999) -> Tensor:
+    def outside(self, h_NM: Tensor, grove: int | None = None) -> Tensor:
+        """How many of the pre-activations lie outside the range: fp32 scalar."""
+        low, high = self.span(grove)
+        return ((h_NM < low) | (h_NM > high)).sum().float()
+
+    @torch.no_grad()
+    def refit(
+        self,
+        h_NM: Tensor,
+        grove: int | None = None,
+        coverage: float = 0.999,
+        coef: Tensor | None = None,
+    ) -> Tensor:
         """Move the range to the pre-activations and refit the coefficients to the same functions.
 
         The new range holds the share `coverage` of all of h, with a margin of 5%; it never shrinks
@@ -116,21 +128,27 @@ class EdgeActivation(Fp32Buffers):
 
         Args:
             h_NM: pre-activations [..., M] of this layer (or of grove `grove`).
+            coef: refitted in place of the parameter `coef`: an optimizer's wider copy of it.
         Returns:
             fp64 scalar, the rms difference between the new and the old phi on the data.
         Raises:
-            ValueError: no row of h is finite.
+            ValueError: no row of h is finite, or the result is not; then nothing has changed.
         """
         h_NM = h_NM.detach().reshape(-1, h_NM.shape[-1]).double()
         h_NM = h_NM[h_NM.isfinite().all(-1)]
         if not len(h_NM):
             raise ValueError("refit needs at least one row of finite pre-activations")
-        coef, range_2 = self.coef if grove is None else self.coef[grove], self.span(grove)
+        coef = self.coef if coef is None else coef
+        coef, range_2 = coef if grove is None else coef[grove], self.span(grove)
         coef_MP, old_2 = coef.double(), range_2.double()
         new_2 = _new_range(h_NM, old_2, coverage)
         fitted_MP = self._fit(h_NM, coef_MP, old_2, new_2)
         old_NM = self.basis.phi(h_NM, coef_MP, old_2)
         error = (self.basis.phi(h_NM, fitted_MP, new_2) - old_NM).square().mean().sqrt()
+        low, high = new_2.to(range_2.dtype)
+        written = torch.cat([fitted_MP.to(coef.dtype).flatten(), low[None], high[None]])
+        if not (written.isfinite().all() and low < high):
+            raise ValueError("the refit gives no finite coefficients and range")
         coef.copy_(fitted_MP)
         range_2.copy_(new_2)
         return error

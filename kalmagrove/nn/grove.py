@@ -102,25 +102,3 @@ class GroveLayer(Balanced):
             for i, (x, w, v, u) in enumerate(parts)
         ]
         return torch.cat([y for y, _ in outputs]), [use for _, use in outputs]
-
-    @torch.no_grad()
-    def refit(self, x_BTD: Tensor) -> Tensor:
-        """Refit every grove's grid to the tokens it is given; see `EdgeActivation.refit`.
-
-        A grove without tokens is left as it is. Returns the largest rms difference.
-        """
-        x_ND = x_BTD.flatten(0, -2)
-        training, self.training = self.training, False  # a refit is no load
-        try:
-            index_NK, _, _ = self.route(x_ND)
-        finally:
-            self.training = training
-        x_SD, plan = dispatch(x_ND, index_NK, self.config.groves)
-        errors = [
-            self.edge.refit(F.linear(x, w), grove=i)
-            for i, (x, w) in enumerate(zip(x_SD.split(plan.rows), self.edges, strict=True))
-            if len(x)
-        ]
-        if self.shared is not None:
-            errors.append(self.shared.refit(x_ND))
-        return torch.stack(errors).amax()

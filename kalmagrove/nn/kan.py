@@ -79,18 +79,18 @@ def kan(
             weights.u_MRD,
             inner_silu=config.inner_silu,
         )
-    return y_ND, _edge_use(h_NM, e_NM, index_NK, edge.span(grove))
+    return y_ND, _edge_use(e_NM, index_NK, edge.outside(h_NM, grove))
 
 
 @torch.no_grad()
-def _edge_use(h_NM: Tensor, e_NM: Tensor, index_NK: Tensor, range_2: Tensor) -> EdgeUse:
+def _edge_use(e_NM: Tensor, index_NK: Tensor, outside: Tensor) -> EdgeUse:
     square_NM = e_NM.float().square()
     return EdgeUse(
-        seen=square_NM.new_full((), h_NM.numel()),
-        outside=((h_NM < range_2[0]) | (h_NM > range_2[1])).sum().float(),
+        seen=square_NM.new_full((), e_NM.numel()),
+        outside=outside,
         kept=square_NM.gather(1, index_NK).sum(),
         energy=square_NM.sum(),
-        used_M=square_NM.new_zeros(h_NM.shape[1]).scatter(0, index_NK.flatten(), 1.0),
+        used_M=square_NM.new_zeros(e_NM.shape[1]).scatter(0, index_NK.flatten(), 1.0),
     )
 
 
@@ -128,11 +128,6 @@ class KANLayer(nn.Module):
         y_ND, self.use = kan(x_BTD.flatten(0, -2), weights, self.config, self.edge)
         self.metrics = self.use.metrics
         return FFNOutput(y_ND.view_as(x_BTD), no_aux_loss(x_BTD))
-
-    @torch.no_grad()
-    def refit(self, x_BTD: Tensor) -> Tensor:
-        """Refit the grid to the pre-activations of these inputs; see `EdgeActivation.refit`."""
-        return self.edge.refit(F.linear(x_BTD.flatten(0, -2), self.edges))
 
 
 @torch.no_grad()

@@ -5,12 +5,13 @@ from kalmagrove.track.flops import Flops, flops_per_token
 from kalmagrove.track.ledger import History, Ledger, read_history
 from kalmagrove.track.memory import memory_estimate
 from kalmagrove.track.meters import Meters, build_meters
-from kalmagrove.track.records import StepRecord
+from kalmagrove.track.records import GridRefit, StepRecord
 from kalmagrove.track.summary import results_table, write_summary
 
 __all__ = [
     "Cost",
     "Flops",
+    "GridRefit",
     "History",
     "Ledger",
     "Meters",

@@ -151,6 +151,8 @@ def plain_line(line: Mapping[str, Any], steps: int) -> str:
             return f"{at}saved {line['path']}" + _took(line)
         case "skip":
             return f"{at}skipped: {line['reason']}"
+        case "refit":
+            return at + _refit(line["grids"])
         case "resume" | "start":
             return at + _session(line)
         case _:
@@ -183,6 +185,14 @@ def _session(line: Mapping[str, Any]) -> str:
     if line["lost_steps"]:
         text += f"; {line['lost_steps']} steps since the last checkpoint were lost and are paid for"
     return text
+
+
+def _refit(grids: Mapping[str, Mapping[str, float]]) -> str:
+    worst = {key: max(grid[key] for grid in grids.values()) for key in ("before", "after")}
+    names = ", ".join(list(grids)[:4]) + (", ..." if len(grids) > 4 else "")
+    noun = "grid" if len(grids) == 1 else f"{len(grids)} grids"
+    shares = f"{worst['before']:.1%} -> {worst['after']:.1%}"
+    return f"refitted {noun} of layer {names}: out of range {shares}"
 
 
 def _bits(line: Mapping[str, Any]) -> str:

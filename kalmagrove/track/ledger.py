@@ -22,7 +22,7 @@ from typing import Any, Literal
 from kalmagrove.config import KalmaGroveError
 from kalmagrove.track.cost import Spent
 
-Event = Literal["start", "step", "eval", "checkpoint", "skip", "resume", "stop"]
+Event = Literal["start", "step", "eval", "checkpoint", "skip", "refit", "resume", "stop"]
 Line = dict[str, Any]
 FIRST = ("start", "resume")  # the events that begin a session
 

@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -25,7 +25,7 @@ from kalmagrove.track.console import Console
 from kalmagrove.track.cost import Cost, Spent, process_age
 from kalmagrove.track.ledger import Event, Ledger, Line
 from kalmagrove.track.model_metrics import pack_metrics, to_scalars
-from kalmagrove.track.records import StepRecord
+from kalmagrove.track.records import GridRefit, StepRecord
 from kalmagrove.track.summary import Facts, bits_per_byte, results_table, summarize, write_summary
 from kalmagrove.track.wandb_sink import WandbSink
 
@@ -162,6 +162,11 @@ class Meters:
     def skipped(self, step: int, reason: str) -> None:
         """Note a step without an update."""
         self._note("skip", step, self._tokens, reason=reason)
+
+    def refitted(self, step: int, tokens: int, grids: Mapping[str, GridRefit]) -> None:
+        """Note spline grids that were moved to their data, by layer and grove."""
+        facts = {name: asdict(grid) for name, grid in grids.items()}
+        self._note("refit", step, tokens, grids=facts)
 
     def stop(self, status: str, **facts: Any) -> None:
         """Close the run: last line, summary.json and results table. A second call does nothing.

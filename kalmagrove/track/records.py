@@ -1,6 +1,7 @@
 """What the training loop tells its observers about one optimizer step.
 
-The loop makes a `StepRecord` after every step; `Meters` sums them up and writes the ledger.
+The loop makes a `StepRecord` after every step, and a `GridRefit` for every spline grid it moved;
+`Meters` sums them up and writes the ledger.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,3 +31,12 @@ class StepRecord:
     model_metrics: Callable[[], dict[str, Tensor]] = (
         no_metrics  # called only when a line is written
     )
+
+
+@dataclass(frozen=True)
+class GridRefit:
+    """What moving a grid did, on the data it was moved to."""
+
+    before: float  # share of pre-activations out of range
+    after: float
+    error: float  # rms change of the edge functions

@@ -198,6 +198,9 @@ class Recorder:
     def skipped(self, step: int, reason: str) -> None:
         self.events.append(["skipped", step, reason])
 
+    def refitted(self, step: int, tokens: int, grids: Any) -> None:
+        self.events.append(["refitted", step, sorted(grids)])
+
     def stop(self, status: str, **facts: Any) -> None:
         self.events.append(["stop", status])
 

@@ -55,6 +55,17 @@ def test_unknown_figures_are_left_out_or_named() -> None:
         ({"event": "checkpoint", "path": "c/step-5", "seconds": 1.0}, "saved c/step-5  (1.0 s)"),
         ({"event": "skip", "reason": "loss is inf"}, "skipped: loss is inf"),
         (
+            {"event": "refit", "grids": {"3": {"before": 0.12, "after": 0.001, "error": 0.0}}},
+            "refitted grid of layer 3: out of range 12.0% -> 0.1%",
+        ),
+        (
+            {
+                "event": "refit",
+                "grids": {f"{n}.1": {"before": n / 10, "after": 0.0} for n in range(5)},
+            },
+            "refitted 5 grids of layer 0.1, 1.1, 2.1, 3.1, ...: out of range 40.0% -> 0.0%",
+        ),
+        (
             {"event": "resume", "devices": 2, "unit": "core", "price": "unknown", "lost_steps": 3},
             "continued on 2 cores, price unknown; "
             "3 steps since the last checkpoint were lost and are paid for",

@@ -113,6 +113,17 @@ def test_refit_ignores_rows_that_are_not_finite_and_refuses_only_those() -> None
         edge.refit(torch.full((2, 2), float("inf")))
 
 
+@pytest.mark.parametrize("scale", [1e200, 1e-3])
+def test_a_refit_that_is_not_finite_in_the_coefficients_type_changes_nothing(scale: float) -> None:
+    edge = EdgeActivation(2, Edge())
+    h = (scale * torch.randn(100, 2, dtype=torch.float64)) + (1e9 if scale < 1 else 0)
+    before = edge.coef.detach().clone(), edge.range.clone()
+    with pytest.raises(ValueError, match="no finite"):
+        edge.refit(h)
+    assert torch.equal(before[0], edge.coef)
+    assert torch.equal(before[1], edge.range)
+
+
 def test_refit_touches_only_its_grove() -> None:
     edge = EdgeActivation(2, Edge(), groves=3)
     coef, span = edge.coef.detach().clone(), edge.range.clone()

@@ -171,16 +171,3 @@ def test_gates_start_near_one_and_the_sum_varies_as_one_layer() -> None:
         spread.append(float(module(x).y_BTD.detach().std()))
     assert 0.8 < float(grove.metrics["gate_mean"]) < 1.4
     assert 0.7 < spread[0] / spread[1] < 1.4
-
-
-def test_refit_moves_every_grid_without_counting_load() -> None:
-    module = layer(kan=KAN(edges=6, top_k=2, rank=3, edge=Edge(range=(-0.2, 0.2))))
-    x = torch.randn(1, 200, WIDTH)
-    module.eval()(x)
-    before = float(module.metrics["out_of_range"])
-    module.train()
-    module.refit(x)
-    assert not module.load.any()
-    assert module.training
-    module(x)
-    assert float(module.metrics["out_of_range"]) < 0.02 < before

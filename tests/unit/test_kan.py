@@ -126,18 +126,6 @@ def test_metrics_say_what_the_edges_did() -> None:
     assert float(metrics["out_of_range"]) == pytest.approx(float((h.abs() > 3).float().mean()))
 
 
-def test_refit_moves_the_range_of_the_layer() -> None:
-    module = layer(edge=Edge(range=(-0.5, 0.5), init_scale=0.5))
-    x = torch.randn(1, 200, 12)
-    module(x)
-    before = float(module.metrics["out_of_range"])
-    error = float(module.refit(x))
-    module(x)
-    assert before > 0.3
-    assert float(module.metrics["out_of_range"]) < 0.02
-    assert math.isfinite(error)
-
-
 def test_a_forward_of_not_a_number_does_not_crash() -> None:
     module = layer()
     x = torch.full((1, 300, 12), float("nan"))

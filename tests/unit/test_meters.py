@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kalmagrove.config import Run
 from kalmagrove.parallel import Groups
-from kalmagrove.track import Meters, StepRecord, build_meters, read_history
+from kalmagrove.track import GridRefit, Meters, StepRecord, build_meters, read_history
 from kalmagrove.track.model_metrics import to_scalars
 
 pytestmark = pytest.mark.unit
@@ -136,6 +136,17 @@ def test_pauses_are_paid_but_not_counted_as_training(tmp_path: Path) -> None:
     (saved,) = session.lines("checkpoint")
     assert (saved["seconds"], saved["path"]) == (6.9, "checkpoints/step-1")
     assert session.lines("step")[-1]["device_seconds"] == 21.0
+
+
+def test_a_refit_is_one_line_that_names_its_grids(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    session.meters.start(0, 0)
+    session.step(1)
+    session.meters.refitted(1, 16, {"0.shared": GridRefit(0.25, 0.001, 1e-4)})
+    (line,) = session.lines("refit")
+    assert (line["step"], line["tokens"]) == (1, 16)
+    assert line["grids"] == {"0.shared": {"before": 0.25, "after": 0.001, "error": 1e-4}}
+    assert "refitted grid of layer 0.shared: out of range 25.0% -> 0.1%" in session.out.getvalue()
 
 
 def test_a_skipped_step_does_not_poison_the_average(tmp_path: Path) -> None:
