@@ -24,8 +24,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = place.glob("kalmagrove-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "kalmagrove/conf/train.yaml" in names
-    assert "kalmagrove/conf/model/kan_nano.yaml" in names
+    for folder, inside in (("conf", "kalmagrove/conf"), ("kernels/csrc", "kalmagrove_kernels/csrc")):
+        files = [p for p in (source / folder).rglob("*") if p.is_file()]
+        assert files
+        for path in files:
+            assert f"{inside}/{path.relative_to(source / folder)}" in names
     install = [*pip, "install", "-q", "--no-deps", "--target", place / "site", wheel]
     subprocess.run(install, check=True, capture_output=True)
     return place / "site"

@@ -75,7 +75,7 @@ def test_every_package_is_in_the_wheel() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["setuptools"]["packages"])
-    found = {"kalmagrove.conf"}
+    found = {"kalmagrove.conf", "kalmagrove_kernels.csrc"}
     for base in (ROOT / "kalmagrove", ROOT / "kernels" / "kalmagrove_kernels"):
         for init in base.rglob("__init__.py"):
             found.add(".".join(init.parent.relative_to(base.parent).parts))
