@@ -15,8 +15,10 @@ import torch
 
 from kalmagrove.config import CheckpointError, KalmaGroveError, NonFiniteError, Run
 from kalmagrove.engine import build_engine, connect, disconnect, fit, load_weights, resume, save
-from kalmagrove.engine.compat import local_weights
+from kalmagrove.engine.compat import gathered, local_weights, master_weight
+from kalmagrove.engine.refit import refit_grids
 from kalmagrove.nn import build_model
+from kalmagrove.nn.edge import EdgeActivation
 from kalmagrove.parallel import Groups, all_reduce_sum, barrier
 from tests.dist.toy import ROWS, Recorder, Rows, Toy, real_run, toy_run
 
@@ -294,6 +296,69 @@ def gives_up(groups: Groups, folder: str) -> dict[str, Any]:
     return {"message": message, "events": meters.events, "finite": finite, "poisoned": poisoned}
 
 
+def refits(groups: Groups, folder: str, variants: dict[str, list[str]]) -> dict[str, Any]:
+    """Runs whose grids move: their losses, resumed too, and what a refit leaves behind."""
+    return {
+        name: {
+            "refit": _everywhere(_refit_and_step(groups, overrides), groups),
+            **_refit_and_resume(groups, Path(folder) / f"{name}-{groups.world.size}", overrides),
+        }
+        for name, overrides in variants.items()
+    }
+
+
+def _real_engine(run: Run, groups: Groups, seed: int = 0) -> tuple[Any, Rows]:
+    torch.manual_seed(seed)
+    engine = build_engine(build_model(run.model, groups), run, groups)
+    return engine, Rows(run.batch.micro, groups.dp.rank, groups.dp.size)
+
+
+def _grids(engine: Any) -> dict[str, Any]:
+    """Coefficients as the model and as the optimizer has them, and ranges."""
+    found: dict[str, Any] = {"model": [], "optimizer": [], "ranges": []}
+    for edge in engine.module.modules():
+        if isinstance(edge, EdgeActivation):
+            with gathered(edge.coef) as coef:
+                found["model"] += coef.detach().float().flatten().tolist()
+            master = master_weight(edge.coef).to(edge.coef.dtype)
+            found["optimizer"] += master.float().flatten().tolist()
+            found["ranges"] += edge.range.flatten().tolist()
+    return found
+
+
+def _refit_and_step(groups: Groups, overrides: list[str]) -> dict[str, Any]:
+    """A refit between two steps that change next to nothing."""
+    run = real_run([*overrides, "optim.lr=1e-30"])
+    engine, rows = _real_engine(run, groups)
+    grids, moved = [], {}
+    for step in range(2):
+        micro_batches = [next(rows) for _ in range(engine.accumulation)]
+        engine.train_step(micro_batches, step)
+        grids.append(_grids(engine))
+        if step == 0:
+            moved = refit_grids(engine, micro_batches[0])
+            grids.append(_grids(engine))
+    return {"grids": grids, "moved": {name: [g.before, g.after] for name, g in moved.items()}}
+
+
+def _refit_and_resume(groups: Groups, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
+    """Losses of a whole run, and of a resumed one from a checkpoint between two refits."""
+    run = real_run([*overrides, "steps=5", "checkpoint.every=3", "engine.refit_every=2"])
+    result: dict[str, Any] = {}
+    for name, seed in (("whole", 0), ("part", 1)):
+        engine, rows = _real_engine(run, groups, seed)
+        meters = Recorder(groups)
+        state = resume(engine, rows, meters, run, run_dir)
+        fit(engine, rows, validation(groups), meters, state, run)
+        result[name] = meters.steps
+        result[f"{name}_refits"] = [e[1:] for e in meters.events if e[0] == "refitted"]
+        barrier(groups.world)
+        if groups.is_main:
+            shutil.rmtree(run_dir / "checkpoints" / "step-000005")
+        barrier(groups.world)
+    return result
+
+
 WORKERS: dict[str, Any] = {
     "equality": equality,
     "real_model": real_model,
@@ -302,6 +367,7 @@ WORKERS: dict[str, Any] = {
     "refusals": refusals,
     "train": train,
     "gives_up": gives_up,
+    "refits": refits,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""Spline grids that follow their data: one that too much of it lies outside of is refitted.
+
+`fit` calls `refit_grids` every `engine.refit_every` steps, after the update.
+Letters: N tokens, M edges.
+"""
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalmagrove.engine.compat import master_weight, set_weight
+from kalmagrove.engine.engine import Batch, Engine
+from kalmagrove.nn.edge import EdgeActivation
+from kalmagrove.parallel import broadcast_object
+from kalmagrove.track.records import GridRefit
+
+log = logging.getLogger(__name__)
+
+Seen = dict[int | None, Tensor]  # pre-activations [N, M] by grove; None: the one layer
+
+
+@torch.no_grad()
+def refit_grids(engine: Engine, batch: Batch) -> dict[str, GridRefit]:
+    """Refit every grid of whose pre-activations more than `edge.refit_above` is out of range.
+
+    The first data-parallel rank looks at its `batch` and fits; the others take over its result, bit
+    for bit. So with the first micro-batch of a step the number of ranks plays no part. Optimizer
+    moments stay. A refit that fails leaves its grid as it was, with a warning. Collective.
+
+    Args:
+        batch: this rank's; a forward pass in evaluation mode is made over it.
+    Returns:
+        What was done, by layer ("3"), grove ("3.0") and shared grove ("3.shared").
+    """
+    edges = {
+        path: module
+        for path, module in engine.module.named_modules()
+        if isinstance(module, EdgeActivation) and module.config.refit_above is not None
+    }
+    if not edges:
+        return {}
+    dp, device = engine.groups.dp, engine.groups.device
+    seen = _look(engine, batch, edges if dp.rank == 0 else {})
+    done: dict[str, GridRefit] = {}
+    for path in broadcast_object(list(seen), dp):
+        edge = edges[path]
+        coef = master_weight(edge.coef)
+        found = _refit(path, edge, coef, seen[path]) if dp.rank == 0 else {}
+        coef, span, found = broadcast_object((coef.cpu(), edge.range.cpu(), found), dp)
+        if found:
+            set_weight(edge.coef, coef.to(device), dp)
+            edge.range.copy_(span)
+        done |= found
+    return done
+
+
+def _look(engine: Engine, batch: Batch, edges: Mapping[str, EdgeActivation]) -> dict[str, Seen]:
+    """The pre-activations of the grids to refit. All ranks make the forward pass, for ZeRO 3."""
+    seen: dict[str, Seen] = {}
+
+    def keep(path: str, edge: Any, arguments: tuple[Tensor, int | None]) -> None:
+        h_NM, grove = arguments
+        if float(edge.outside(h_NM, grove)) > edge.config.refit_above * h_NM.numel():
+            seen.setdefault(path, {})[grove] = h_NM.detach()
+
+    hooks = [edge.register_forward_pre_hook(partial(keep, path)) for path, edge in edges.items()]
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not see the hooks
+            engine.eval_loss(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _refit(path: str, edge: EdgeActivation, coef: Tensor, seen: Seen) -> dict[str, GridRefit]:
+    """Refit `coef` and the ranges in place; what fails is left out."""
+    found = {}
+    layer = path.removeprefix("blocks.").removesuffix(".edge").replace(".ffn", "")
+    for grove, h_NM in seen.items():
+        name = layer if grove is None else f"{layer}.{grove}"
+        before = edge.outside(h_NM, grove)
+        try:
+            error = edge.refit(h_NM, grove, coef=coef)
+        except (ValueError, RuntimeError) as problem:  # also no solution, and no memory
+            log.warning("the grid of layer %s stays as it was: %s", name, problem)
+            continue
+        after = edge.outside(h_NM, grove)
+        found[name] = GridRefit(
+            float(before) / h_NM.numel(), float(after) / h_NM.numel(), float(error)
+        )
+    return found
