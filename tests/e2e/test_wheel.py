@@ -24,7 +24,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = place.glob("kalmagrove-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for folder, inside in (("conf", "kalmagrove/conf"), ("kernels/csrc", "kalmagrove_kernels/csrc")):
+    homes = {"conf": "kalmagrove/conf", "kernels/csrc": "kalmagrove_kernels/csrc"}
+    for folder, inside in homes.items():
         files = [p for p in (source / folder).rglob("*") if p.is_file()]
         assert files
         for path in files:

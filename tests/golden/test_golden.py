@@ -1,6 +1,6 @@
 """Ten training losses of a few debug configurations, as they were: a change of numbers is seen.
 
-After a change that is meant to move them: `python -m tests.golden.test_golden` writes the file anew,
+After a change meant to move them, `python -m tests.golden.test_golden` writes the file anew,
 and the commit says why they moved.
 """
 

@@ -1,6 +1,5 @@
 """The KAN layer against a plain double loop, in every precision and under checkpointing."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
