@@ -44,10 +44,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(importlib.import_module(f"kalmagrove.cli.{verb}").main(rest) or 0)
     except KalmaGroveError as error:
-        print(f"kalmagrove: {error}", file=sys.stderr)
+        _report(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("kalmagrove: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
+
+
+def _report(error: KalmaGroveError) -> None:
+    """One line; of what connected ranks raise together, one line in all."""
+    from kalmagrove.cli.launch import launched_rank
+
+    rank = launched_rank()
+    of_rank = f"rank {rank}: " if rank else ""
+
+    def say() -> None:
+        print(f"kalmagrove: {of_rank}{error}", file=sys.stderr, flush=True)
+
+    dist = sys.modules.get("torch.distributed")
+    if error.collective and dist is not None and dist.is_initialized():
+        from kalmagrove.parallel import last_word
+
+        last_word(say)
+    else:
+        say()

@@ -1,18 +1,22 @@
 """Hydra, and nothing else: from command-line words to a plain dictionary.
 
 The only home of hydra and omegaconf. `--help`, `--cfg`, `--info` and sweeps (`-m`) are Hydra's own;
-everything is composed once beforehand so that a mistake is one line and exit code 2.
+everything is composed once beforehand, all points of a sweep too, so that a mistake is one line and
+exit code 2.
 """
 
+import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +25,8 @@ import kalmagrove
 from kalmagrove.config import ConfigError, KalmaGroveError
 
 HYDRA_VERSION_BASE = "1.3"
+STOPPED = (75, 130)  # exit codes of a run that was asked to stop
+S = TypeVar("S")
 
 
 def conf_dir() -> Path:
@@ -36,13 +42,39 @@ def compose_tree(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: for an unknown key or option, or a word that is not an override.
     """
+    with _hydra(config_name, overrides):
+        return to_tree(compose(config_name, list(overrides)))
+
+
+def sweep_points(config_name: str, overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every run of a sweep, in Hydra's order.
+
+    Raises:
+        ConfigError: for a word that is not an override, or a sweep that is not a list of values.
+    """
+    with _hydra(config_name, overrides):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        axes = []
+        for word, override in zip(overrides, parser.parse_overrides(list(overrides)), strict=True):
+            if not override.is_sweep_override():
+                axes.append([word])
+                continue
+            if not override.is_discrete_sweep():
+                raise HydraException("only lists of values can be swept: a=1,2 or a=range(1,3)")
+            key = override.get_key_element()
+            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+    return [list(point) for point in itertools.product(*axes)]
+
+
+@contextmanager
+def _hydra(config_name: str, overrides: Sequence[str]) -> Iterator[None]:
+    """Hydra's composer over `conf/`; its errors become one line."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION_BASE):
-            cfg = compose(config_name, list(overrides))
-            return to_tree(cfg)
+            yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise _one_line(error, overrides) from None
+        raise _one_line(error, config_name, overrides) from None
 
 
 def to_tree(cfg: DictConfig) -> dict[str, Any]:
@@ -71,25 +103,37 @@ def to_yaml(tree: dict[str, Any]) -> str:
 
 
 def hydra_app(
-    config_name: str, argv: Sequence[str], task: Callable[[dict[str, Any], bool], int]
+    config_name: str,
+    argv: Sequence[str],
+    parse: Callable[[dict[str, Any]], S],
+    task: Callable[[S, bool], int],
 ) -> int:
-    """Run `task(tree, in_sweep)` as a Hydra application; returns its exit code."""
+    """Run `task(parse(tree), in_sweep)` as a Hydra application; returns its exit code.
+
+    A sweep begins when all its points can be parsed, and ends with a run that is stopped or fails.
+    """
     flags = [word for word in argv if word.startswith("-")]
     if not flags:
-        return task(compose_tree(config_name, argv), False)
-    sweep = bool({"-m", "--multirun"} & set(flags))
-    if not sweep:
+        return task(parse(compose_tree(config_name, argv)), False)
+    if {"-m", "--multirun"} & set(flags):
+        for point in sweep_points(config_name, _overrides(argv)):
+            parse(compose_tree(config_name, point))
+    else:
         compose_tree(config_name, _overrides(argv))
     code = 0
+    failure: KalmaGroveError | None = None
 
     @hydra.main(str(conf_dir()), config_name, version_base=HYDRA_VERSION_BASE)
     def app(cfg: DictConfig) -> None:
-        nonlocal code
+        nonlocal code, failure
         try:
-            code = max(code, task(to_tree(cfg), HydraConfig.get().mode.name == "MULTIRUN"))
+            last = task(parse(to_tree(cfg)), HydraConfig.get().mode.name == "MULTIRUN")
         except KalmaGroveError as error:
-            print(f"kalmagrove: {error}", file=sys.stderr)
+            failure = error
             raise SystemExit(error.exit_code) from None
+        code = max(code, last)
+        if last in STOPPED:
+            raise SystemExit(last)
 
     program, sys.argv = sys.argv, [f"kalmagrove {config_name}", *argv]
     try:
@@ -98,6 +142,8 @@ def hydra_app(
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         sys.argv = program
+    if failure is not None:
+        raise failure
     return code
 
 
@@ -108,7 +154,7 @@ def _overrides(argv: Sequence[str]) -> list[str]:
     return [word for last, word in pairs if not word.startswith("-") and last not in takes_value]
 
 
-def _one_line(error: Exception, overrides: Sequence[str]) -> ConfigError:
+def _one_line(error: Exception, config_name: str, overrides: Sequence[str]) -> ConfigError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = lines[0] if lines else type(error).__name__
     if "Could not find" in message and "Available options" in str(error):
@@ -126,6 +172,6 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> ConfigError:
     for word in overrides:
         key, _, value = word.lstrip("+~").partition("=")
         if key and key in message:
-            remedy = f"`kalmagrove train --cfg job` lists all ({message})"
+            remedy = f"`kalmagrove {config_name} --cfg job` lists all ({message})"
             return ConfigError(key, value, "is not a known key", remedy)
     return ConfigError("overrides", " ".join(overrides), f"cannot be composed: {message}")

@@ -13,10 +13,10 @@ def main(argv: Sequence[str]) -> int:
     prompts = tuple(word[len("prompt=") :] for word in argv if word.startswith("prompt="))
     rest = [word for word in argv if not word.startswith("prompt=")]
 
-    def task(tree: dict[str, Any], in_sweep: bool) -> int:
-        return _generate(validate(Generate, tree | ({"prompts": prompts} if prompts else {})))
+    def parse(tree: dict[str, Any]) -> Generate:
+        return validate(Generate, tree | ({"prompts": prompts} if prompts else {}))
 
-    return hydra_app("generate", rest, task)
+    return hydra_app("generate", rest, parse, lambda wanted, _: _generate(wanted))
 
 
 def _generate(wanted: Generate) -> int:

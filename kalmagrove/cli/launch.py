@@ -3,16 +3,20 @@
 A launcher that is already there (deepspeed, torchrun, srun) is recognised by the variables it sets.
 """
 
+import base64
+import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from types import FrameType
 
+from kalmagrove.cli import run_folder
 from kalmagrove.config import ConfigError, Run
+
+STOPPING = "kalmagrove: finishing the step and saving; Ctrl-C again kills"
 
 
 def launched_world_size() -> int | None:
@@ -20,25 +24,60 @@ def launched_world_size() -> int | None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     if "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a task of srun
-        return int(os.environ["SLURM_STEP_NUM_TASKS"])
+        tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])
+        return tasks if tasks > 1 else None  # one task may be a shell: `srun --pty bash`
     return None
 
 
 def launched_rank() -> int:
     """This process's rank, as its launcher says; 0 if none did."""
+    if launched_world_size() is None:
+        return 0
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
-def processes_to_start(run: Run) -> int:
+def world_size(run: Run) -> int:
+    """The processes of the run: a launcher's, else those to start.
+
+    Raises:
+        ConfigError: if `launch.nproc` contradicts the launcher, or exceeds the visible GPUs.
+    """
+    launched, wanted = launched_world_size(), run.launch.nproc
+    if launched is None:
+        return _processes_to_start(run)
+    if wanted not in ("auto", 1, launched):
+        raise ConfigError(
+            "launch.nproc",
+            wanted,
+            f"contradicts the launcher, which started {launched} processes",
+            "leave it out under deepspeed, torchrun and srun",
+        )
+    return launched
+
+
+def _processes_to_start(run: Run) -> int:
     """`launch.nproc`; auto is as many GPUs as the batch divides over, else `cpu_nproc`."""
-    if run.launch.nproc != "auto":
-        return run.launch.nproc
+    wanted = run.launch.nproc
+    if wanted == 1:
+        return 1
     gpus = visible_gpus()
+    if wanted != "auto":
+        if gpus and len(gpus) < wanted:
+            raise ConfigError(
+                "launch.nproc", wanted, f"must be at most the {len(gpus)} visible GPUs", "use auto"
+            )
+        return wanted
     if not gpus:
         return run.launch.cpu_nproc
     for count in range(len(gpus), 0, -1):
         try:
             run.check_world(count)
+            if count < len(gpus):
+                print(
+                    f"kalmagrove: using {count} of {len(gpus)} GPUs, over which batch.tokens="
+                    f"{run.batch.tokens} divides; try more batch.tokens or a smaller batch.micro",
+                    file=sys.stderr,
+                )
             return count
         except ConfigError:
             continue
@@ -49,62 +88,69 @@ def visible_gpus() -> list[str]:
     """Identifiers of the GPUs this process may use, without initialising any."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
-        return [gpu for gpu in listed.split(",") if gpu.strip() not in ("", "-1")]
+        return [gpu.strip() for gpu in listed.split(",") if gpu.strip() not in ("", "-1")]
     import torch
 
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def launch(run: Run, config: Path, nproc: int) -> int:
-    """Train with `nproc` local processes from a frozen configuration; returns the exit code.
+def launch(run: Run, nproc: int) -> int:
+    """Train with `nproc` local processes; returns the exit code.
 
     The launcher runs in a session of its own: a Ctrl-C reaches this process alone, which asks the
     ranks to stop through a file, so that they finish their step and save. A second one ends them.
     """
-    handle, stop_file = tempfile.mkstemp(prefix="kalmagrove-stop-")
-    os.close(handle)
-    os.unlink(stop_file)
-    environment = os.environ | {"KALMAGROVE_STOP_FILE": stop_file}
-    if not visible_gpus():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    process = subprocess.Popen(
-        [*_launcher(run, nproc), "--module", "kalmagrove", "train", "--config", str(config)],
-        env=environment,
-        start_new_session=True,
-    )
+    with tempfile.TemporaryDirectory(prefix="kalmagrove-") as place:
+        config, stop_file = Path(place, "config.yaml"), Path(place, "stop")
+        run_folder.write_config(config, run)
+        environment = os.environ | {"KALMAGROVE_STOP_FILE": str(stop_file)}
+        if not visible_gpus():
+            environment.setdefault("DS_ACCELERATOR", "cpu")
+        process = subprocess.Popen(
+            [*_launcher(run, nproc), "kalmagrove", "train", "--config", str(config)],
+            env=environment,
+            start_new_session=True,
+        )
 
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        if Path(stop_file).exists() and signum == signal.SIGINT:
-            os.killpg(process.pid, signal.SIGKILL)
-        Path(stop_file).touch()
+        def on_signal(signum: int, frame: FrameType | None) -> None:
+            if not stop_file.exists():
+                print(STOPPING, file=sys.stderr, flush=True)
+            elif signum == signal.SIGINT:
+                os.killpg(process.pid, signal.SIGKILL)
+            stop_file.touch()
 
-    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = process.wait()
-        return code if code >= 0 else 128 - code
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-        Path(stop_file).unlink(missing_ok=True)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, on_signal) for number in numbers}
+        try:
+            return exit_code(process.wait())
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def exit_code(returned: int) -> int:
+    """A shell's code (128 + signal) for a process killed by a signal.
+
+    `returned` is negative if it was the launcher; if it was a rank, the launcher passes the
+    negative number on to the system, which keeps its last eight bits.
+    """
+    if returned < 0:
+        return 128 - returned
+    return 128 + 256 - returned if returned > 192 else returned
 
 
 def _launcher(run: Run, nproc: int) -> list[str]:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--no_local_rank"]
-    command += ["--hostfile", os.devnull]  # this machine, whatever /job/hostfile says
-    gpus = visible_gpus()
-    if gpus and len(gpus) < nproc:
-        raise ConfigError(
-            "launch.nproc", nproc, f"must be at most the {len(gpus)} visible GPUs", "use auto"
-        )
-    if os.environ.get("CUDA_VISIBLE_DEVICES"):
-        command += ["--include", "localhost:" + ",".join(gpus[:nproc])]
-    else:
-        command += ["--num_gpus", str(nproc)]
-    port = run.launch.port or free_port()
-    return [*command, "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    """The command of DeepSpeed's launcher on this machine.
 
+    Not its `runner`, which looks at host files, hides the launcher's death by a signal, and takes
+    no names of GPUs (GPU-..., MIG-...) but numbers.
+    """
+    from kalmagrove.engine.connect import free_port
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    devices = visible_gpus()[:nproc] or [str(i) for i in range(nproc)]
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+    command = [sys.executable, "-m", "deepspeed.launcher.launch", "--quiet", "--no_local_rank"]
+    command += [f"--world_info={world}", "--master_addr=127.0.0.1"]
+    return [*command, f"--master_port={run.launch.port or free_port()}", "--module"]

@@ -1,7 +1,7 @@
 """`kalmagrove prepare`: build the token cache that `train` would build, and say what is in it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kalmagrove.cli.compose import hydra_app
 from kalmagrove.config import Prepare, validate
@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Prepare as `argv` says (Hydra overrides); returns the exit code."""
-    return hydra_app("prepare", argv, lambda tree, _: _prepare(tree))
+    return hydra_app(
+        "prepare", argv, lambda tree: validate(Prepare, tree), lambda wanted, _: _prepare(wanted)
+    )
 
 
-def _prepare(tree: dict[str, Any]) -> int:
+def _prepare(wanted: Prepare) -> int:
     from kalmagrove.data import prepare
 
-    print(_describe(prepare(validate(Prepare, tree).data)))
+    print(_describe(prepare(wanted.data)))
     return 0
 
 

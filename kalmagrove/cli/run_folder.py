@@ -1,13 +1,24 @@
 """The run folder `runs/NAME`: who owns it, and what stands in it from the start."""
 
+import errno
 import fcntl
 import json
+import logging
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kalmagrove.cli.compose import to_yaml
+from kalmagrove.cli.compose import read_yaml, to_yaml
 from kalmagrove.config import ConfigError, Run
+
+if TYPE_CHECKING:
+    from kalmagrove.data import Tokenizer
+
+log = logging.getLogger(__name__)
+CONFIG, LOCK = "config.yaml", ".lock"
 
 
 def choose(run: Run) -> Path:
@@ -21,51 +32,131 @@ def choose(run: Run) -> Path:
     return folder
 
 
-def claim(folder: Path, run: Run) -> int:
-    """Make the folder, freeze the configuration in it and point `runs/latest` to it.
+def pinned(run: Run, folder: Path) -> Run:
+    """This run with the folder that was chosen for it."""
+    return run.model_copy(update={"name": folder.name, "dir": str(folder.parent)})
 
-    Returns the open lock file; it is held until the process ends.
+
+def claim(folder: Path) -> str:
+    """Make the folder and lock it until the process ends; returns a token that it then holds.
+
+    Nothing that a run left there is changed.
 
     Raises:
-        ConfigError: if another process trains into the folder.
+        ConfigError: if another process trains into the folder, or it cannot be written.
     """
-    for part in ("checkpoints", "samples"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    with _writing(folder):
+        for part in ("checkpoints", "samples"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                "name", folder.name, "is being trained by another process", "give another name"
+            ) from None
+        except OSError as error:
+            log.warning(
+                "%s: the file system has no locks (%s); see to it that no other process trains "
+                "into this folder",
+                folder,
+                error.strerror,
+            )
+        token = secrets.token_hex(8)
+        os.ftruncate(lock, 0)
+        os.write(lock, token.encode())
+        os.fsync(lock)
+    return token
+
+
+def holds(folder: Path, token: str) -> bool:
+    """Whether this process sees the folder that another one claimed."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return (folder / LOCK).read_text() == token
     except OSError:
-        raise ConfigError(
-            "name", folder.name, "is being trained by another process", "give another name"
-        ) from None
-    freeze(folder, run)
-    latest = folder.parent / "latest"
-    temporary = folder.parent / f".latest-{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(folder.name)
-    os.replace(temporary, latest)
-    return lock
+        return False
 
 
-def freeze(folder: Path, run: Run) -> Path:
-    """Write `config.yaml`, which `kalmagrove train --config` reads back; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.yaml"
-    tree: dict[str, Any] = run.model_dump(mode="json")
-    tree["name"], tree["dir"] = folder.name, str(folder.parent)
-    temporary = path.with_name(f".config.yaml.{os.getpid()}")
-    temporary.write_text(to_yaml(tree))
+def settle(folder: Path, run: Run, tokenizer: "Tokenizer") -> None:
+    """Write what describes a run that is known to go on, and point `runs/latest` to it.
+
+    `config.yaml` continues the run, whatever `checkpoint.resume` began it with.
+
+    Raises:
+        ConfigError: if the folder cannot be written.
+    """
+    checkpoint = run.checkpoint.model_copy(update={"resume": "auto"})
+    with _writing(folder):
+        write_config(
+            folder / CONFIG, pinned(run, folder).model_copy(update={"checkpoint": checkpoint})
+        )
+        tokenizer.save(folder / "tokenizer")
+        temporary = folder.parent / f".latest-{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name)
+        os.replace(temporary, folder.parent / "latest")
+
+
+def write_config(path: Path, run: Run) -> None:
+    """Write what `kalmagrove train --config` reads back."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(to_yaml(run.model_dump(mode="json")))
     os.replace(temporary, path)
-    return path
 
 
-def finished(folder: Path, run: Run) -> dict[str, Any] | None:
-    """The summary of a run that has already done all its steps; None if there is work to do."""
-    if run.checkpoint.resume == "never":
-        return None
+def done(folder: Path, run: Run) -> dict[str, Any] | None:
+    """The summary of a run that has done all its steps; None if there is work to do."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):
         return None
-    done = summary.get("status") == "done" and summary.get("steps", 0) >= run.steps
-    return summary if done else None
+    reached = summary.get("status") == "done" and summary.get("steps", 0) >= run.steps
+    return summary if reached else None
+
+
+def finished(folder: Path, run: Run) -> dict[str, Any] | None:
+    """The summary, if `run` was trained here already; None if there is work to do.
+
+    Raises:
+        ConfigError: if what was trained here is not `run`, naming the settings that differ.
+    """
+    summary = None if run.checkpoint.resume == "never" else done(folder, run)
+    if summary is None:
+        return None
+    before, now = dict(_flat(read_yaml(str(folder / CONFIG)))), dict(_flat(run.result_settings))
+    wrong = [
+        f"{key} was {before[key]}, is {value}"
+        for key, value in now.items()
+        if key in before and before[key] != value
+    ]
+    if wrong:
+        raise ConfigError(
+            "name",
+            folder.name,
+            f"was trained with other settings ({'; '.join(wrong[:5])})",
+            "give another name or checkpoint.resume=never",
+        )
+    return summary
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What the system refuses becomes one line that names `dir`."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check its rights"
+        raise ConfigError(
+            "dir",
+            folder.parent,
+            f"cannot hold the run {folder.name} ({error.strerror or error})",
+            f"{remedy} or give another dir",
+        ) from None

@@ -5,49 +5,55 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kalmagrove.cli import launch, run_folder
 from kalmagrove.cli.compose import hydra_app, read_yaml
-from kalmagrove.config import ConfigError, Run, load
+from kalmagrove.config import ConfigError, DataError, KalmaGroveError, Run, load
 
 if TYPE_CHECKING:  # torch is imported only once the configuration is known to work
     from kalmagrove.data import Prepared
     from kalmagrove.parallel import Groups
     from kalmagrove.track import Meters
 
+T = TypeVar("T")
+
 
 def main(argv: Sequence[str]) -> int:
     """Train as `argv` says (overrides, `--dry-run`, `--config FILE`); returns the exit code."""
-    words = list(argv)
-    dry_run = "--dry-run" in words
-    if dry_run:
-        words.remove("--dry-run")
-    if "--config" in words:
-        return _start(load(_saved(words)), dry_run, in_sweep=False)
-    return hydra_app("train", words, lambda tree, sweep: _start(load(tree), dry_run, sweep))
+    words = [word for word in argv if word != "--dry-run"]
+    dry_run = len(words) < len(argv)
+    if any(word.partition("=")[0] == "--config" for word in words):
+        return _start(_checked(_saved(words)), dry_run, in_sweep=False)
+    return hydra_app("train", words, _checked, lambda run, sweep: _start(run, dry_run, sweep))
 
 
 def _saved(words: list[str]) -> dict[str, Any]:
-    """The tree of a run's frozen `config.yaml`."""
-    at = words.index("--config")
-    if at + 1 >= len(words) or len(words) > 2:
+    """The tree of a run's frozen `config.yaml`: `--config FILE` or `--config=FILE`."""
+    flag, *rest = words[0].split("=", 1) + words[1:]
+    if flag != "--config" or len(rest) != 1:
         raise ConfigError("--config", " ".join(words), "takes one file and no overrides with it")
-    return read_yaml(words[at + 1])
+    return read_yaml(rest[0])
+
+
+def _checked(tree: dict[str, Any]) -> Run:
+    run = load(tree)
+    return run.check_world(launch.world_size(run))
 
 
 def _start(run: Run, dry_run: bool, in_sweep: bool) -> int:
-    launched = launch.launched_world_size()
-    world_size = launched or launch.processes_to_start(run)
-    run.check_world(world_size)
+    world_size = launch.world_size(run)
     if dry_run:
         from kalmagrove.cli.dry_run import describe
 
         describe(run, world_size)
         return 0
-    if launched is not None:
+    if launch.launched_world_size() is not None:
+        if in_sweep:
+            rule, remedy = "starts the processes of its runs itself", "leave out the launcher"
+            raise ConfigError("argument", "-m", rule, remedy)
         return train_on_this_rank(run)
     folder = run_folder.choose(run)
     summary = run_folder.finished(folder, run)
@@ -55,7 +61,16 @@ def _start(run: Run, dry_run: bool, in_sweep: bool) -> int:
         return _already_finished(folder, summary)
     if world_size == 1 and not in_sweep:
         return train_on_this_rank(run)
-    return launch.launch(run, run_folder.freeze(folder, run), world_size)
+    from kalmagrove.data import check_seq_len, prepare
+
+    check_seq_len(prepare(run.data), run.data.seq_len)  # once, where it is seen and can be stopped
+    code = launch.launch(run_folder.pinned(run, folder), world_size)
+    if code == 0 and run_folder.done(folder, run) is None:
+        raise KalmaGroveError(
+            f"the processes ended without an error, but {folder}/summary.json does not say that "
+            f"the {run.steps} steps are done; the same command continues"
+        )
+    return code
 
 
 def _already_finished(folder: Path, summary: dict[str, Any]) -> int:
@@ -71,7 +86,7 @@ def _already_finished(folder: Path, summary: dict[str, Any]) -> int:
     return 0
 
 
-def train_on_this_rank(run: Run) -> int:
+def train_on_this_rank(composed: Run) -> int:
     """The main path, on one process of the run; returns the exit code."""
     import torch
 
@@ -85,11 +100,17 @@ def train_on_this_rank(run: Run) -> int:
         logging.getLogger("kalmagrove").setLevel(logging.INFO)
     # DeepSpeed calls collectives under names that torch 2.13 renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    prepared = prepare(run.data, progress=launch.launched_rank() == 0)
-    run = run.with_vocab(prepared.vocab_size)
+    prepared = prepare(composed.data, progress=launch.launched_rank() == 0)
+    run = composed.with_vocab(prepared.vocab_size)
     device = connect(run)
     groups = Groups.init(run.parallel, device)
-    folder = _claim(run, groups, prepared)
+    _check_same_data(run, groups, prepared)
+    folder, summary = _claim(composed, groups)
+    if summary is not None:
+        if groups.is_main:
+            _already_finished(folder, summary)
+        disconnect()
+        return 0
     batches = build_batches(prepared, run, groups.dp.rank, groups.dp.size)
     held_out = val_batches(prepared, run, groups.dp.rank, groups.dp.size)
     torch.manual_seed(run.seed)
@@ -97,6 +118,7 @@ def train_on_this_rank(run: Run) -> int:
     engine = build_engine(model, run, groups)
     meters = _meters(run, folder, groups, prepared)
     state = resume(engine, batches, meters, run, folder)
+    _by_main(groups, lambda: run_folder.settle(folder, composed, prepared.tokenizer))
     outcome = fit(engine, batches, held_out, meters, state, run)
     if groups.is_main:
         _show_sample(run, outcome.checkpoint)
@@ -104,23 +126,58 @@ def train_on_this_rank(run: Run) -> int:
     return 0
 
 
-def _claim(run: Run, groups: "Groups", prepared: "Prepared") -> Path:
-    """The run's folder, claimed by the main process for all; it holds the tokenizer from now on."""
+def _check_same_data(run: Run, groups: "Groups", prepared: "Prepared") -> None:
+    """Two machines may have prepared different data."""
+    from kalmagrove.parallel import any_rank, broadcast_object
+
+    first = broadcast_object(prepared.fingerprint, groups.world)
+    if any_rank(first != prepared.fingerprint, groups.world, groups.device):
+        raise DataError(
+            f"data.cache={run.data.cache} holds different tokens on different machines: "
+            f"{prepared.path} is {prepared.fingerprint} on rank {groups.world.rank} and {first} on "
+            "rank 0; use a data.cache that all of them share"
+        )
+
+
+def _claim(run: Run, groups: "Groups") -> tuple[Path, dict[str, Any] | None]:
+    """The run's folder, claimed by the main process for all; or the summary of a finished run.
+
+    Raises:
+        ConfigError: on all ranks; also if some do not see the folder.
+    """
+    from kalmagrove.parallel import any_rank
+
+    def claim() -> tuple[Path, dict[str, Any] | None, str]:
+        folder = run_folder.choose(run)
+        summary = run_folder.finished(folder, run)
+        return folder, summary, run_folder.claim(folder) if summary is None else ""
+
+    folder, summary, token = _by_main(groups, claim)
+    seen = summary is not None or run_folder.holds(folder, token)
+    if any_rank(not seen, groups.world, groups.device):
+        raise ConfigError(
+            "dir",
+            run.dir,
+            "must be on a file system that all machines of the run share",
+            f"some do not see {folder}",
+        )
+    return folder, summary
+
+
+def _by_main(groups: "Groups", work: Callable[[], T]) -> T:
+    """What `work` returns or raises (a ConfigError) on the main process, on all of them."""
     from kalmagrove.parallel import broadcast_object
 
-    claimed: Path | ConfigError | None = None
+    result: tuple[T | None, ConfigError | None] = (None, None)
     if groups.is_main:
-        claimed = run_folder.choose(run)
         try:
-            run_folder.claim(claimed, run)
-            prepared.tokenizer.save(claimed / "tokenizer")
+            result = (work(), None)
         except ConfigError as error:
-            claimed = error
-    folder = broadcast_object(claimed, groups.world)
-    if isinstance(folder, ConfigError):
-        raise folder
-    assert folder is not None
-    return folder
+            result = (None, error)
+    value, failure = broadcast_object(result, groups.world)
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[return-value]
 
 
 def _meters(run: Run, folder: Path, groups: "Groups", prepared: "Prepared") -> "Meters":
@@ -136,6 +193,7 @@ def _meters(run: Run, folder: Path, groups: "Groups", prepared: "Prepared") -> "
         params_active=count.active,
         flops_per_token=flops_per_token(run.model, run.data.seq_len).training,
         val_bytes_per_token=prepared.val_bytes_per_token,
+        val_split_tokens=prepared.manifest.val.targets,
         baselines={
             "unigram_nats": prepared.unigram_nats,
             "bigram_nats": prepared.bigram_nats,

@@ -3,11 +3,17 @@
 Every other package raises these; `kalmagrove.cli` prints them and exits with their code.
 """
 
+from typing import Any
+
 
 class KalmaGroveError(Exception):
-    """A failure with a known cause; printed as one line, without a traceback."""
+    """A failure with a known cause; printed as one line, without a traceback.
+
+    collective: all ranks of a run raise it together, so that printing it on one is enough.
+    """
 
     exit_code = 1
+    collective = False
 
 
 class ConfigError(KalmaGroveError):
@@ -18,11 +24,15 @@ class ConfigError(KalmaGroveError):
     """
 
     exit_code = 2
+    collective = True
 
     def __init__(self, key: str, value: object, rule: str, remedy: str = "") -> None:
         self.key, self.value, self.rule, self.remedy = key, value, rule, remedy
         shown = "null" if value is None else value
         super().__init__(f"{key}={shown} {rule}" + (f"; {remedy}" if remedy else ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, self.value, self.rule, self.remedy)  # sent between ranks
 
 
 class DataError(KalmaGroveError):
@@ -32,11 +42,14 @@ class DataError(KalmaGroveError):
 class CheckpointError(KalmaGroveError):
     """A checkpoint that cannot be written, or must not be loaded."""
 
+    collective = True
+
 
 class NonFiniteError(KalmaGroveError):
     """Too many steps in a row gave a loss or gradient that is not finite."""
 
     exit_code = 3
+    collective = True
 
 
 class Interrupted(KalmaGroveError):
@@ -46,3 +59,4 @@ class Interrupted(KalmaGroveError):
     """
 
     exit_code = 75
+    collective = True

@@ -38,18 +38,31 @@ def _tuples(node: Any) -> Any:
 
 def _explain(error: ValidationError, schema: type[BaseModel]) -> ConfigError:
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    path = [str(part) for part in first["loc"]]
-    key = ".".join(path)
     value = first.get("input")
     if first["type"] == "extra_forbidden":
+        path = [str(part) for part in first["loc"]]
+        key = ".".join(path)
         known = _fields_at(schema, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
         return ConfigError(key, _short(value), "is not a known key", remedy)
+    key = _key(schema, first["loc"])
     if first["type"] == "missing":
         return ConfigError(key, None, "is required", f"set {key}=VALUE")
-    message = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return ConfigError(key, _short(value), message, "see the comments in conf/ for its meaning")
+    same = [e for e in error.errors() if _key(schema, e["loc"]) == key]  # each branch of a union
+    value = min(same, key=lambda e: len(e["loc"])).get("input")
+    said = dict.fromkeys(e["msg"].split(" ", 1)[1].removeprefix("should ") for e in same)
+    rule = "should " + " or ".join(said)
+    return ConfigError(key, _short(value), rule, "see the comments in conf/ for its meaning")
+
+
+def _key(schema: type[BaseModel], loc: tuple[str | int, ...]) -> str:
+    """The field at `loc`, without what pydantic adds: places in a tuple, branches of a union."""
+    names = [str(part) for part in loc]
+    depth = next(
+        (i for i in range(len(names)) if names[i] not in _fields_at(schema, names[:i])), None
+    )
+    return ".".join(names[:depth])
 
 
 def _fields_at(schema: type[BaseModel], path: list[str]) -> list[str]:

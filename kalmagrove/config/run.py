@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -10,6 +10,16 @@ from kalmagrove.config.base import Section
 from kalmagrove.config.data import Data
 from kalmagrove.config.errors import ConfigError
 from kalmagrove.config.model import Model
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+# What decides how and where a run is done, but not its result.
+NEUTRAL: dict[str, Any] = {
+    **dict.fromkeys(
+        ("name", "dir", "track", "price", "launch", "checkpoint", "sample", "eval"), True
+    ),
+    "data": {"cache", "workers"},
+    "engine": {"threads"},
+}
 
 
 class Batch(Section):
@@ -42,7 +52,7 @@ class Optim(Section):
 
     kind: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(0.1, ge=0)
     decay_splines: bool = False  # also on edge-function coefficients
@@ -122,7 +132,7 @@ class Launch(Section):
 
     nproc: PositiveInt | Literal["auto"] = 1
     cpu_nproc: PositiveInt = 2
-    port: PositiveInt | None = None  # null: a free one
+    port: int | None = Field(None, ge=1, le=65535)  # null: a free one
     timeout: PositiveInt = 1800  # seconds a collective may wait
 
 
@@ -150,6 +160,15 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
+        names = {"name": self.name, "model.name": self.model.name, "data.name": self.data.name}
+        for key, name in names.items():
+            if name is not None and (name in ("", ".", "..", "latest") or "/" in name):
+                raise ConfigError(
+                    key,
+                    repr(name),
+                    "cannot name a folder of runs ('latest' is a link to the newest)",
+                    f"use another name; `dir` says where runs are, now {self.dir}",
+                )
         for key in ("tp", "ep"):
             if getattr(self.parallel, key) != 1:
                 raise ConfigError(
@@ -242,12 +261,16 @@ class Run(Section):
         return self.model_copy(update={"model": model})
 
     @property
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that decide the result: all that are not neutral, as plain data."""
+        return self.model_dump(mode="json", exclude=NEUTRAL)
+
+    @property
     def run_name(self) -> str:
         """`name`, or a name that is the same exactly when the result would be the same."""
         if self.name:
             return self.name
-        neutral = {"name", "dir", "track", "price", "launch", "checkpoint", "sample"}
-        body = json.dumps(self.model_dump(mode="json", exclude=neutral), sort_keys=True)
+        body = json.dumps(self.result_settings, sort_keys=True)
         digest = hashlib.sha256(body.encode()).hexdigest()[:6]
         return f"{self.model.name}-{self.data.name}-{digest}"
 

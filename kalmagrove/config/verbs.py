@@ -21,4 +21,5 @@ class Generate(Section):
     temperature: float = Field(0.8, ge=0)  # 0: always the likeliest token
     top_p: float = Field(0.95, gt=0, le=1)
     seed: int = 0
-    device: str = "auto"  # auto: cuda if there is one, else cpu
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    # ^ auto: cuda if there is one, else cpu

@@ -86,13 +86,7 @@ class Batches:
             run.check_world(dp_size * run.parallel.tp)
         T = run.data.seq_len
         self._rows = Rows(prepared.train, T, prepared.tokenizer.eot, run.data.document_aware)
-        if self._rows.whole < 1:
-            raise ConfigError(
-                "data.seq_len",
-                T,
-                f"is longer than the data: {len(prepared.train)} training tokens",
-                f"try {max(1, (len(prepared.train) - 1) // 8)} or more data",
-            )
+        check_seq_len(prepared, T)
         if self._rows.whole < run.rows_per_step and dp_rank == 0:
             warnings.warn(
                 f"batch.tokens={run.batch.tokens} is more than the data: each step reads its "
@@ -202,6 +196,22 @@ class ValBatches:
             beyond = self._rows.all  # a row without tokens
             rows = [i if i < self._count else beyond for i in range(first, first + self._micro)]
             yield self._rows.read(rows, 1.0)
+
+
+def check_seq_len(prepared: Prepared, seq_len: int) -> None:
+    """Whether the data holds a row at all.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    tokens = len(prepared.train)
+    if tokens - 1 < seq_len:
+        raise ConfigError(
+            "data.seq_len",
+            seq_len,
+            f"is longer than the data: {tokens} training tokens",
+            f"try {max(1, (tokens - 1) // 8)} or more data",
+        )
 
 
 def build_batches(prepared: Prepared, run: config.Run, dp_rank: int, dp_size: int) -> Batches:

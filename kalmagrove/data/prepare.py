@@ -208,7 +208,7 @@ def _tokenize(
 ) -> None:
     own_val = bool(listing.val or data.source.val_split)
     spare = _Spare(train, val)
-    workers = data.workers or os.cpu_count() or 1
+    workers = data.workers or len(os.sched_getaffinity(0))
     chunks = _chunks(_assigned(data, listing, tally))
     for chunk, encoded in _in_order(
         chunks, lambda part: encode(tokenizer, [d for d, _ in part]), workers

@@ -96,7 +96,7 @@ def save(engine: Engine, batches: Stateful, meters: Stateful, state: State) -> t
         reason = next(r for r in reasons if r)
         raise CheckpointError(
             f"checkpoint {final} could not be written: {reason}; "
-            f"the last good checkpoint is {state.newest or 'none'}; free space or change run.dir"
+            f"the last good checkpoint is {state.newest or 'none'}; free space or change dir"
         )
     if engine.groups.is_main:
         if final.exists():  # a resumed run writes the same step again
@@ -227,26 +227,40 @@ def _whole_weights(engine: Engine) -> dict[str, Tensor]:
 
 
 def resume(engine: Engine, batches: Stateful, meters: Stateful, run: Run, run_dir: Path) -> State:
-    """Go on where `run.checkpoint.resume` says: auto, never, or a checkpoint's or run's folder.
+    """Go on from the newest whole checkpoint of `run_dir`, with a warning for each that is not.
 
-    auto takes the newest checkpoint of `run_dir` that is whole, with a warning for each that is
-    not. Unfinished folders of a killed save are removed; checkpoints of `run_dir` later than the
-    one continued are renamed to step-N.aside. Collective.
+    A run without one begins where `run.checkpoint.resume` says: at step 0 (auto), or from the
+    checkpoint's or run's folder it names. So a command given again continues its own run. Only
+    never begins at step 0 whatever is there. Unfinished folders of a killed save are removed;
+    checkpoints of `run_dir` later than the one continued are renamed to step-N.aside. Collective.
 
     Raises:
-        CheckpointError: nothing whole was found where something should be; or the checkpoint is
-            of another model, tokenizer or layout, whose differing keys are named.
+        CheckpointError: nothing whole was found where something should be; the folder named lies
+            in `run_dir`; or the checkpoint is of another model, tokenizer or layout, whose
+            differing keys are named.
     """
     state = State(folder=run_dir / "checkpoints")
-    world = engine.groups.world
     if engine.groups.is_main:
         remove_unfinished(state.folder)
     if run.checkpoint.resume == "never":
         _set_aside(engine, state, 0)
         return state
+    place = state.folder
+    candidates = _candidates(engine, place)
     asked = run.checkpoint.resume != "auto"
-    place = Path(run.checkpoint.resume) if asked else state.folder
-    candidates = broadcast_object(find_checkpoints(place) if engine.groups.is_main else [], world)
+    if asked:
+        named = Path(run.checkpoint.resume)
+        if named.resolve().is_relative_to(run_dir.resolve()):
+            raise CheckpointError(
+                f"checkpoint.resume={named} lies in the run's own folder, whose newest checkpoint "
+                "is continued with checkpoint.resume=auto; to go back to an older one, give the "
+                "new run another name"
+            )
+        if candidates:
+            if engine.groups.is_main:
+                log.info("the run's own checkpoints are continued, not checkpoint.resume=%s", named)
+        else:
+            place, candidates = named, _candidates(engine, named)
     for folder in candidates:
         bad = _faults(engine, folder)
         if not bad:
@@ -255,10 +269,16 @@ def resume(engine: Engine, batches: Stateful, meters: Stateful, run: Run, run_di
             log.warning("checkpoint %s is damaged and passed over: %s", folder, "; ".join(bad))
     if asked or candidates:
         raise CheckpointError(
-            f"checkpoint.resume={run.checkpoint.resume} found no whole checkpoint in {place}; "
-            "give another folder, or checkpoint.resume=never to begin anew"
+            f"checkpoint.resume={run.checkpoint.resume}: there is no whole checkpoint in {place}; "
+            "give the folder of another checkpoint or run, or checkpoint.resume=never to begin anew"
         )
     return state
+
+
+def _candidates(engine: Engine, place: Path) -> list[Path]:
+    """The checkpoints that rank 0 sees, on every rank."""
+    found = find_checkpoints(place) if engine.groups.is_main else []
+    return broadcast_object(found, engine.groups.world)
 
 
 def _faults(engine: Engine, folder: Path) -> list[str]:

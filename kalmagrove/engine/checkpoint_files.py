@@ -69,8 +69,9 @@ def set_aside(checkpoints: Path, newer_than: int) -> list[Path]:
     moved = []
     for folder in find_checkpoints(checkpoints):
         if int(folder.name.removeprefix("step-")) > newer_than:
-            aside = folder.with_name(folder.name + ".aside")
-            shutil.rmtree(aside, ignore_errors=True)
+            aside, number = folder.with_name(folder.name + ".aside"), 2
+            while aside.exists():
+                aside, number = folder.with_name(f"{folder.name}.aside{number}"), number + 1
             moved.append(folder.rename(aside))
     return moved
 

@@ -186,7 +186,10 @@ class CheckpointFiles:
             return
         try:
             with ChecksumFile(Path(path)) as file:
-                torch.save(state_dict, cast(IO[bytes], file))
+                try:
+                    torch.save(state_dict, cast(IO[bytes], file))
+                except RuntimeError as error:  # torch hides why the file took no more
+                    raise file.error or error from None
             self.written[Path(path).name] = file.size, file.checksum
         except (OSError, RuntimeError) as error:
             self.error = error
@@ -229,6 +232,7 @@ class ChecksumFile:
         self._file = path.open("wb")
         self.size = 0
         self.checksum = 0
+        self.error: OSError | None = None  # of a write
 
     def __enter__(self) -> "ChecksumFile":
         return self
@@ -240,7 +244,11 @@ class ChecksumFile:
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self._file.write(view)
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.error = error
+            raise
         self.size += len(view)
         self.checksum = zlib.crc32(view, self.checksum)
         return len(view)

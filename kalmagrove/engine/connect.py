@@ -3,11 +3,13 @@
 Works under `deepspeed`, `torchrun`, `srun` and as a plain process.
 """
 
+import math
 import os
 import re
 import socket
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
@@ -23,7 +25,8 @@ def connect(run: Run) -> torch.device:
         ConfigError: if a launcher set only some of its variables, or if there are more processes on
             this machine than GPUs.
     """
-    os.environ.update(rendezvous(os.environ, run.launch.port))
+    found = rendezvous(os.environ, run.launch.port)
+    os.environ.update(found)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if run.engine.threads or os.environ.get("DS_ACCELERATOR") == "cpu":
@@ -33,10 +36,12 @@ def connect(run: Run) -> torch.device:
 
     from kalmagrove.engine.compat import skip_shm_build
 
-    device = _device(int(os.environ["LOCAL_RANK"]), get_accelerator().device_name())
+    by_srun = bool(found) and "SLURM_STEP_NUM_TASKS" in os.environ
+    device = _device(int(os.environ["LOCAL_RANK"]), get_accelerator().device_name(), by_srun)
     if device.type == "cpu":
         skip_shm_build()
     else:
+        os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses the GPU
         get_accelerator().set_device(device.index)
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(
@@ -114,21 +119,37 @@ def _first_count(tasks_per_node: str) -> str:
     return match[0] if match else "1"
 
 
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores this process may keep busy: by its affinity, and by a container's CPU quota."""
+    cores = len(os.sched_getaffinity(0))
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # v2, v1
+        try:
+            quota, period = " ".join((cgroup / name).read_text() for name in files).split()
+        except (OSError, ValueError):
+            continue
+        if quota not in ("max", "-1"):
+            cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
+    return cores
+
+
 def _default_threads(env: Mapping[str, str]) -> int:
-    """This process's share of the cores it may run on."""
+    """This process's share of the machine's cores."""
     local = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env["WORLD_SIZE"]
-    return max(1, len(os.sched_getaffinity(0)) // int(local))
+    return max(1, usable_cores() // int(local))
 
 
-def _device(local_rank: int, kind: str) -> torch.device:
+def _device(local_rank: int, kind: str, by_srun: bool) -> torch.device:
+    """The GPU numbered `local_rank`; or the only one, where Slurm shows each task its own."""
     if kind != "cuda":
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if by_srun and count == 1:
+        return torch.device("cuda", 0)
     if local_rank >= count:
         raise ConfigError(
-            "launch.nproc",
-            local_rank + 1,
-            f"must be at most this machine's {count} visible GPUs",
-            f"try launch.nproc={count}",
+            "LOCAL_RANK",
+            local_rank,
+            f"must be below the number of GPUs this process sees, {count}",
+            f"start {count} processes on this machine (launch.nproc={count})",
         )
     return torch.device("cuda", local_rank)

@@ -56,7 +56,8 @@ class Engine:
     """A model under training.
 
     module: the model itself. deepspeed: the DeepSpeedEngine around it. nonfinite_in_row: skipped
-    steps since the last good one. nonfinite_total: since step 0.
+    steps since the last good one. nonfinite_total: since step 0. metrics: the module's after the
+    last training step, and `aux_loss`, what was added to the cross-entropy.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Engine:
         self.dtype = dtype
         self.nonfinite_in_row = 0
         self.nonfinite_total = 0
+        self.metrics: dict[str, Tensor] = {}
         self.accumulation = run.accumulation(groups.dp.size)
         self._hyperparameters = [
             {key: value for key, value in group.items() if key != "params"}
@@ -82,30 +84,36 @@ class Engine:
             step: finished steps before this one; decides the learning rate.
 
         Returns:
-            This rank's loss, mean over its micro-batches (the mean over ranks is the exact mean
-            over the step's target tokens), and the global gradient norm before clipping. A norm
-            that is not finite means that nothing was updated, on any rank: then `skipped` is true.
+            This rank's cross-entropy, mean over its micro-batches (the mean over ranks is the exact
+            mean over the step's target tokens), NaN where the whole loss was not finite; and the
+            global gradient norm before clipping. A norm that is not finite means that nothing was
+            updated, on any rank: then `skipped` is true.
         """
         assert len(batches) == self.accumulation, "one step takes `accumulation` micro-batches"
         self._set_lr(self._lr_factor(step))
         self.module.train()
-        total = torch.zeros((), device=self.groups.device)
+        nll, aux = torch.zeros((2,), device=self.groups.device)
         for batch in batches:
-            loss = self.deepspeed(**self._to_device(batch)).loss
+            output = self.deepspeed(**self._to_device(batch))
             # NaN or infinity in the loss makes the factor NaN, and so every gradient, whatever the
             # graph does with it; otherwise it is exactly 1. The norm then reports both kinds of
             # failure.
-            self.deepspeed.backward(loss * (1 + 0 * loss.detach()))
+            loss = output.loss.detach().float()
+            factor = 1 + 0 * loss
+            self.deepspeed.backward(output.loss * factor)
             if self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._unsharded_norm() if self.run.zero.stage == 0 else None
             self.deepspeed.step()
-            total += loss.detach().float() / self.accumulation
+            nll += output.nll.float() * factor / self.accumulation
+            aux += (loss - output.nll.float()) / self.accumulation
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
+        # Taken here, because an evaluation leaves its own in the module.
+        self.metrics = {**self.module.metrics(), "aux_loss": aux}  # type: ignore[operator]
         self._count(norm)
         if not self.skipped:
             self.module.balance(self.groups)  # type: ignore[operator]
-        return total, norm
+        return nll, norm
 
     @property
     def skipped(self) -> bool:

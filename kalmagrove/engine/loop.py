@@ -18,7 +18,7 @@ from kalmagrove.engine.checkpoint import State, save
 from kalmagrove.engine.engine import Batch, Engine
 from kalmagrove.engine.refit import refit_grids
 from kalmagrove.engine.signals import StopRequest
-from kalmagrove.parallel import all_reduce_sum
+from kalmagrove.parallel import all_reduce_sum, barrier
 from kalmagrove.track.records import GridRefit, StepRecord
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Observer(Protocol):
 
     def step(self, record: StepRecord) -> None: ...
 
-    def evaluated(self, step: int, tokens: int, nats: float) -> None: ...
+    def evaluated(self, step: int, tokens: int, nats: float, val_tokens: int) -> None: ...
 
     def checkpointed(self, step: int, tokens: int, path: Path, seconds: float) -> None: ...
 
@@ -80,6 +80,9 @@ def fit(
 ) -> Outcome:
     """Train from `state.step` to `run.steps`. All ranks call it.
 
+    Launchers end all processes of a run as soon as one fails, so no rank leaves before rank 0 has
+    closed `meters` (except for an error of one rank alone, whom the others do not wait for).
+
     Args:
         val_batches: the held-out micro-batches, the same number on every rank; iterated anew each
             time.
@@ -91,18 +94,31 @@ def fit(
         CheckpointError: the last checkpoint of the run could not be written.
     """
     meters.start(state.step, state.tokens)
-    try:
-        with StopRequest() as stop:
+    with StopRequest() as stop:  # until the end: SIGTERM must not cut off the summary
+        try:
             val_nats = _train(engine, batches, val_batches, meters, state, run, stop)
-    except Interrupted:
-        meters.stop("stopped", step=state.step)
-        raise
-    except BaseException as error:
-        meters.stop("failed", step=state.step, reason=f"{type(error).__name__}: {error}")
-        raise
-    meters.stop("done", step=state.step)
+        except BaseException as error:
+            _close(engine, meters, state, error)
+            raise
+        try:
+            meters.stop("done", step=state.step)
+        finally:
+            barrier(engine.groups.world)
     assert state.newest is not None, "the last step is saved"
     return Outcome("done", state.step, state.tokens, val_nats, engine.nonfinite_total, state.newest)
+
+
+def _close(engine: Engine, meters: Observer, state: State, error: BaseException) -> None:
+    """Close the run after `error`, which stays the one that is raised."""
+    try:
+        if isinstance(error, Interrupted):
+            meters.stop("stopped", step=state.step)
+        else:
+            meters.stop("failed", step=state.step, reason=f"{type(error).__name__}: {error}")
+    except Exception as problem:  # a full disk, often what `error` is about
+        log.error("the run's end could not be written down: %s", problem)
+    if getattr(error, "collective", False):
+        barrier(engine.groups.world)
 
 
 def _train(
@@ -119,8 +135,8 @@ def _train(
         _step(engine, batches, meters, state, run)
         last, val_nats = state.step == run.steps, None
         if last or state.step % run.eval.every == 0:
-            val_nats = evaluate(engine, val_batches)
-            meters.evaluated(state.step, state.tokens, val_nats)
+            val_nats, val_tokens = evaluate(engine, val_batches)
+            meters.evaluated(state.step, state.tokens, val_nats, val_tokens)
         if last or state.step % run.checkpoint.every == 0:
             _save(engine, batches, meters, state, must=last)
         if not last and stop.agreed(engine.groups):
@@ -128,14 +144,20 @@ def _train(
                 _save(engine, batches, meters, state, must=True)
             raise Interrupted(
                 f"stopped by {stop.reason or 'another rank'} after step {state.step} of "
-                f"{run.steps}; saved in {state.newest}; the same command continues"
+                f"{run.steps}; saved in {state.newest}; {_continued_by(state, run)} continues"
             )
     if val_nats is None:  # resumed at the last step
-        val_nats = evaluate(engine, val_batches)
-        meters.evaluated(state.step, state.tokens, val_nats)
+        val_nats, val_tokens = evaluate(engine, val_batches)
+        meters.evaluated(state.step, state.tokens, val_nats, val_tokens)
     if state.saved != state.step:
         _save(engine, batches, meters, state, must=True)
     return val_nats
+
+
+def _continued_by(state: State, run: Run) -> str:
+    if run.checkpoint.resume == "never":
+        return f"the same command with name={state.folder.parent.name} checkpoint.resume=auto"
+    return "the same command"
 
 
 def _step(engine: Engine, batches: Batches, meters: Observer, state: State, run: Run) -> None:
@@ -156,7 +178,7 @@ def _step(engine: Engine, batches: Batches, meters: Observer, state: State, run:
             lr=lr,
             skipped=engine.skipped,
             seconds={"data": fetched - begun, "compute": computed - fetched},
-            model_metrics=engine.module.metrics,  # type: ignore[arg-type]
+            model_metrics=engine.metrics,
         )
     )
     if engine.skipped:
@@ -182,8 +204,10 @@ def _give_up(engine: Engine, state: State, run: Run, reason: str) -> None:
     )
 
 
-def evaluate(engine: Engine, val_batches: Iterable[Batch]) -> float:
-    """Mean cross-entropy in nats per target token over all ranks' batches. All ranks call it."""
+def evaluate(engine: Engine, val_batches: Iterable[Batch]) -> tuple[float, int]:
+    """Mean cross-entropy in nats per target token over all ranks' batches, and their number of
+    target tokens. All ranks call it.
+    """
     device = engine.groups.device
     nats = torch.zeros((), dtype=torch.float64, device=device)
     count = torch.zeros((), dtype=torch.int64, device=device)
@@ -195,7 +219,7 @@ def evaluate(engine: Engine, val_batches: Iterable[Batch]) -> float:
     all_reduce_sum(count, engine.groups.dp)
     if not int(count):
         raise DataError("the held-out split has no target token; try a larger data.val_fraction")
-    return float(nats) / int(count)
+    return float(nats) / int(count), int(count)
 
 
 def _save(engine: Engine, batches: Batches, meters: Observer, state: State, *, must: bool) -> None:

@@ -21,14 +21,15 @@ from kalmagrove.parallel import Groups
 class ModelOutput(NamedTuple):
     """What a forward pass gives.
 
-    loss: scalar to back-propagate, cross-entropy plus (in training) `aux_loss`; None without
-    targets.
-    logits: [B, T, V], only without targets. aux_loss: scalar, detached.
+    loss: scalar to back-propagate, cross-entropy plus (in training) auxiliary and z-losses; None
+    without targets.
+    logits: [B, T, V], only without targets.
+    nll: scalar, detached: the cross-entropy alone, normalised like `loss`; None without targets.
     """
 
     loss: Tensor | None
     logits: Tensor | None
-    aux_loss: Tensor
+    nll: Tensor | None
 
 
 class Transformer(nn.Module):
@@ -94,21 +95,26 @@ class Transformer(nn.Module):
         weight = self.embedding.weight if self.head is None else self.head.weight
         logits_BTV = F.linear(x_BTD, weight)
         if targets is None:
-            return ModelOutput(None, logits_BTV, aux_loss.detach())
-        loss = self._loss(logits_BTV, targets, normalizer)
+            return ModelOutput(None, logits_BTV, None)
+        loss, nll = self._loss(logits_BTV, targets, normalizer)
         if self.training:
             loss = loss + aux_loss
-        return ModelOutput(loss, None, aux_loss.detach())
+        return ModelOutput(loss, None, nll)
 
-    def _loss(self, logits_BTV: Tensor, targets: Tensor, normalizer: float | None) -> Tensor:
+    def _loss(
+        self, logits_BTV: Tensor, targets: Tensor, normalizer: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy with the logits' z-loss, and (detached) without."""
         logits_NV, targets_N = logits_BTV.float().flatten(0, 1), targets.flatten()
         total = F.cross_entropy(logits_NV, targets_N, ignore_index=-100, reduction="sum")
+        nll = total.detach()
         if self.config.logit_z_loss and self.training:
             z_N = torch.logsumexp(logits_NV, dim=-1).square() * (targets_N != -100)
             total = total + self.config.logit_z_loss * z_N.sum()
-        if normalizer is None:
-            return total / (targets_N != -100).sum().clamp(min=1)
-        return total / normalizer
+        count: Tensor | float = (
+            (targets_N != -100).sum().clamp(min=1) if normalizer is None else normalizer
+        )
+        return total / count, nll / count
 
     def init_cache(self, batch: int, max_tokens: int) -> list[Any]:
         """Empty decoding state for `batch` sequences of at most `max_tokens` tokens."""

@@ -6,6 +6,7 @@ from kalmagrove.parallel.collectives import (
     any_rank,
     barrier,
     broadcast_object,
+    last_word,
 )
 from kalmagrove.parallel.groups import Group, Groups
 
@@ -17,4 +18,5 @@ __all__ = [
     "any_rank",
     "barrier",
     "broadcast_object",
+    "last_word",
 ]

@@ -1,5 +1,8 @@
 """Collectives over a `Group` that work on any device and are the identity at size 1."""
 
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -44,3 +47,18 @@ def broadcast_object(value: T, group: Group) -> T:
 def barrier(group: Group) -> None:
     if group.size > 1:
         dist.barrier(group=group.handle)
+
+
+def last_word(say: Callable[[], None]) -> None:
+    """The first rank says it, and the others wait for that (a minute at most) before they end.
+
+    Launchers kill the ranks that are left as soon as one has ended. Not a collective, as ranks that
+    fail may not be at the same place: it goes through the store of the rendezvous.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        say()
+        store.set("kalmagrove/last_word", "said")
+    else:
+        with suppress(RuntimeError):  # the store may end with the first rank
+            store.wait(["kalmagrove/last_word"], timedelta(minutes=1))

@@ -146,7 +146,9 @@ def plain_line(line: Mapping[str, Any], steps: int) -> str:
         case "step":
             return at + "  ".join(_step_parts(line))
         case "eval":
-            return f"{at}val {line['val_loss']:.4f} nats" + _bits(line) + _took(line)
+            loss = line["val_loss"]
+            text = "-" if loss is None else f"{loss:.4f}"
+            return f"{at}val {text} nats" + _bits(line) + _took(line)
         case "checkpoint":
             return f"{at}saved {line['path']}" + _took(line)
         case "skip":

@@ -1,8 +1,7 @@
 """Floating-point operations of a token, counted from the configuration.
 
 `Meters` divides model FLOPs by the machine's peak (model-FLOPs utilisation); the dry run prints
-them beside hardware FLOPs, those of the reference path. A multiply-add is 2 FLOPs. Norms,
-activations and softmax are left out, as is the custom.
+them. A multiply-add is 2 FLOPs. Norms, activations and softmax are left out, as is the custom.
 
 Letters: D model width, H heads, T tokens of a row, M edges, R rank, k edges kept, G groves.
 """
@@ -40,12 +39,6 @@ class Flops(NamedTuple):
     def training(self) -> float:
         """Model FLOPs of a training step: the backward pass of a product is two products."""
         return 3 * self.forward
-
-    def hardware_training(self, activation_checkpointing: bool = False) -> float:
-        """What the reference path runs; with checkpointing every block runs forward twice."""
-        forward = sum(row.hardware for row in self.rows)
-        again = sum(row.hardware for row in self.rows if row.component != "logits")
-        return 3 * forward + (again if activation_checkpointing else 0)
 
 
 def flops_per_token(model: Model, seq_len: int) -> Flops:

@@ -66,6 +66,12 @@ class History:
         return Spent(self.lines[-1]["device_seconds"], amount)
 
     @property
+    def joules(self) -> float | None:
+        """Energy up to the last line that tells it, lost work included; None: not measurable."""
+        told = [line["joules"] for line in self.lines if "joules" in line]
+        return told[-1] if told else 0.0
+
+    @property
     def reached(self) -> tuple[int, int]:
         """Step and tokens of the last line that tells of training; (0, 0) before the first."""
         last = self.lines[-1] if self.lines else {"step": 0, "tokens": 0}

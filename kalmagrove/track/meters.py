@@ -5,6 +5,8 @@
 ledger line, which console and W&B show.
 """
 
+import logging
+import math
 import resource
 import sys
 import time
@@ -23,11 +25,14 @@ from torch import Tensor
 from kalmagrove.config import Run
 from kalmagrove.track.console import Console
 from kalmagrove.track.cost import Cost, Spent, process_age
+from kalmagrove.track.energy import Energy, gpu_counter
 from kalmagrove.track.ledger import Event, Ledger, Line
 from kalmagrove.track.model_metrics import pack_metrics, to_scalars
 from kalmagrove.track.records import GridRefit, StepRecord
 from kalmagrove.track.summary import Facts, bits_per_byte, results_table, summarize, write_summary
 from kalmagrove.track.wandb_sink import WandbSink
+
+log = logging.getLogger(__name__)
 
 
 class Group(Protocol):
@@ -84,6 +89,7 @@ class Meters:
         groups: Groups,
         facts: Facts,
         cost: Cost,
+        energy: Energy,
         *,
         started: float,
         clock: Callable[[], float],
@@ -91,11 +97,13 @@ class Meters:
         screen: RichConsole | None,
     ) -> None:
         self._run, self._dir, self._groups = run, run_dir, groups
-        self._facts, self._cost = facts, cost
+        self._facts, self._cost, self._energy = facts, cost, energy
         self._clock, self._started = clock, started
         self._main = groups.world.rank == 0
         self._before = Spent()  # what earlier sessions cost
         self._lost = 0.0  # device-seconds of lost work, all sessions
+        self._joules_before: float | None = 0.0  # of earlier sessions
+        self._joules: float | None = None  # at the last line
         self._resumed: dict[str, Any] | None = None
         self._step = self._tokens = 0
         self._val_loss: float | None = None
@@ -111,6 +119,7 @@ class Meters:
             self._ledger = Ledger(run_dir / "ledger.jsonl", clock=clock, now=now)
             history = self._ledger.history()
             self._before, self._lost = history.spent, history.lost.device_seconds
+            self._joules_before = history.joules
             title = f"{facts.run}  {facts.params_total / 1e6:,.1f}M parameters"
             if facts.params_active != facts.params_total:
                 title += f", {facts.params_active / 1e6:,.1f}M active"
@@ -128,6 +137,7 @@ class Meters:
         if self._main:
             self._open_session(step, tokens)
             self._console.start(step)
+        self._note_energy(self._energy.used())
         self._mark = self._clock()
 
     def step(self, record: StepRecord) -> None:
@@ -143,13 +153,20 @@ class Meters:
             if self._main:
                 self._console.progress(record.step)
 
-    def evaluated(self, step: int, tokens: int, nats: float) -> None:
-        """Note a held-out loss, in nats per token."""
+    def evaluated(self, step: int, tokens: int, nats: float, val_tokens: int) -> None:
+        """Note a held-out loss, in nats per token, and of how many tokens it is the mean."""
         seconds = self._pause()
         self._val_loss = nats
-        bits = bits_per_byte(nats, self._facts.val_bytes_per_token)
+        if self._main and not math.isfinite(nats):
+            log.warning("the held-out loss at step %s is %s", step, nats)
         self._note(
-            "eval", step, tokens, val_loss=nats, val_bits_per_byte=bits, seconds=round(seconds, 3)
+            "eval",
+            step,
+            tokens,
+            val_loss=nats,
+            val_bits_per_byte=bits_per_byte(nats, self._facts.val_bytes_per_token),
+            val_tokens=val_tokens,
+            seconds=round(seconds, 3),
         )
 
     def checkpointed(self, step: int, tokens: int, path: Path, seconds: float) -> None:
@@ -179,12 +196,22 @@ class Meters:
             return
         self._stopped = True
         self._step = facts.pop("step", self._step)
-        if self._window.steps and status != "failed":
-            self._flush()
+        if status != "failed":
+            if self._window.steps:
+                self._flush()
+            self._measure_energy()
         if not self._main:
             return
         self._console.stop()
-        self._note("stop", self._step, self._tokens, status=status, unit=self._cost.unit, **facts)
+        self._note(
+            "stop",
+            self._step,
+            self._tokens,
+            status=status,
+            unit=self._cost.unit,
+            joules=self._joules,
+            **facts,
+        )
         summary = summarize(self._ledger.history(), self._facts, status=status, **facts)
         write_summary(self._dir, summary)
         if summary["val_loss_nats"] is not None and status == "done":
@@ -211,6 +238,7 @@ class Meters:
             "device_seconds": spent.device_seconds,
             "lost_device_seconds": self._lost,
             "usd": None if spent.usd is None else float(round(spent.usd, 6)),
+            "joules": self._joules,
             "val_loss": self._val_loss,
         }
 
@@ -230,6 +258,7 @@ class Meters:
             usd = None if old["usd"] is None else Decimal(str(old["usd"]))
             self._before = Spent(old["device_seconds"], usd)
             self._lost = old["lost_device_seconds"]
+            self._joules_before = old["joules"]
         lasted = self._before.device_seconds - self._lost
         if old:
             lasted = old["device_seconds"] - old["lost_device_seconds"]
@@ -312,7 +341,8 @@ class Meters:
                 "loss": window.loss,
                 "counted": torch.tensor(float(window.counted)),
                 "grad_norm": torch.as_tensor(norm),
-                **{f"model/{name}": value for name, value in record.model_metrics().items()},
+                "joules": torch.tensor(self._energy.used(), dtype=torch.float64),
+                **{f"model/{name}": value for name, value in record.model_metrics.items()},
             },
             device,
         )
@@ -324,15 +354,33 @@ class Meters:
         values = layout.unpack((packed / dp.size).cpu())
         loss, counted = values.pop("loss").item(), values.pop("counted").item()
         grad_norm = values.pop("grad_norm").item()
+        self._note_energy(values.pop("joules").item() * dp.size)
         model = to_scalars({name.removeprefix("model/"): v for name, v in values.items()})
+        if model.get("aux_loss") == 0:
+            del model["aux_loss"]  # the model has none
         return {
             "loss": loss / counted if counted else None,
             "grad_norm": grad_norm,
+            "joules": self._joules,
             "peak_memory": int(memory.item()),
             "load_cv": model.get("load_cv"),
             "out_of_range": model.get("out_of_range"),
             "model": model,
         }
+
+    def _measure_energy(self) -> None:
+        """Collective over data-parallel ranks."""
+        dp, device = self._groups.dp, self._groups.device
+        joules = torch.tensor(self._energy.used(), dtype=torch.float64, device=device)
+        if dp.size > 1:
+            dist.all_reduce(joules, op=dist.ReduceOp.SUM, group=dp.handle)
+        self._note_energy(joules.item())
+
+    def _note_energy(self, joules: float) -> None:
+        """Take up what all ranks used in this session; NaN if one of them could not say."""
+        before = math.nan if self._joules_before is None else self._joules_before
+        total = before + joules
+        self._joules = round(total, 3) if math.isfinite(total) else None
 
     def _note(self, event: Event, step: int, tokens: int, **facts: Any) -> Line | None:
         """One event to ledger, console and W&B; rank 0 only."""
@@ -388,6 +436,7 @@ def build_meters(
     params_active: int,
     flops_per_token: float,
     val_bytes_per_token: float | None = None,
+    val_split_tokens: int | None = None,
     baselines: Mapping[str, float | None] | None = None,
     started: float | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -400,6 +449,7 @@ def build_meters(
         groups: a `kalmagrove.parallel.Groups`.
         flops_per_token: model FLOPs of a training step, for the utilisation (`track.flops`).
         val_bytes_per_token: held-out UTF-8 bytes per predicted token.
+        val_split_tokens: predicted tokens of the held-out split.
         baselines: `unigram_nats` and `bigram_nats` of the held-out split.
         started: the `clock`'s reading when the run began to cost; None: this process's start.
         screen: where the console shows; None: stdout.
@@ -422,11 +472,22 @@ def build_meters(
         device=groups.device,
         baselines=baselines or {},
         val_bytes_per_token=val_bytes_per_token,
+        val_split_tokens=val_split_tokens,
     )
+    energy = Energy(gpu_counter(groups.device))
     if started is None:
         started = clock() - process_age()
     return Meters(
-        run, run_dir, groups, facts, cost, started=started, clock=clock, now=now, screen=screen
+        run,
+        run_dir,
+        groups,
+        facts,
+        cost,
+        energy,
+        started=started,
+        clock=clock,
+        now=now,
+        screen=screen,
     )
 
 

@@ -4,15 +4,10 @@ The loop makes a `StepRecord` after every step, and a `GridRefit` for every spli
 `Meters` sums them up and writes the ledger.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
-
-
-def no_metrics() -> dict[str, Tensor]:
-    """For models without metrics of their own."""
-    return {}
 
 
 @dataclass(frozen=True)
@@ -21,16 +16,15 @@ class StepRecord:
 
     step: int  # 1 after the first step
     tokens: int  # target positions read since step 0, over all ranks
-    loss: Tensor  # scalar, nats per token: mean over this rank's micro-batches, detached
+    loss: Tensor  # scalar, cross-entropy in nats per token: mean over this rank's micro-batches
     grad_norm: Tensor | float  # global, before clipping
     lr: float
     skipped: bool = False  # a non-finite step: no update was made, and its loss is not averaged
     seconds: Mapping[str, float] = field(
         default_factory=dict
     )  # host-side split: data, compute, ...
-    model_metrics: Callable[[], dict[str, Tensor]] = (
-        no_metrics  # called only when a line is written
-    )
+    # of the step's last forward pass; read only when a line is written
+    model_metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Facts:
     device: torch.device
     baselines: Mapping[str, float | None] = field(default_factory=dict)
     val_bytes_per_token: float | None = None
+    val_split_tokens: int | None = None  # predicted tokens of the held-out split
 
 
 def summarize(history: History, facts: Facts, *, status: str, **more: Any) -> dict[str, Any]:
@@ -45,7 +46,9 @@ def summarize(history: History, facts: Facts, *, status: str, **more: Any) -> di
 
     val_loss_nats is the last evaluation's, in nats per token; val_bits_per_byte the same per byte
     of held-out text, comparable between tokenizers. tokens_per_s counts training alone, without
-    evaluations and checkpoints; device_seconds and usd count everything, lost work too.
+    evaluations and checkpoints; device_seconds and usd count everything, lost work too. joules are
+    the GPUs', from the first step of each session to its last line. val_tokens were evaluated, of
+    the val_split_tokens that the baselines are for.
     """
     evals = history.series("eval")
     val = evals[-1]["val_loss"] if evals else None
@@ -63,6 +66,8 @@ def summarize(history: History, facts: Facts, *, status: str, **more: Any) -> di
         "best_val_loss_nats": best,
         "val_bits_per_byte": bits_per_byte(val, facts.val_bytes_per_token),
         "val_bytes_per_token": facts.val_bytes_per_token,
+        "val_tokens": _last(evals, "val_tokens"),
+        "val_split_tokens": facts.val_split_tokens,
         "unigram_nats": facts.baselines.get("unigram_nats"),
         "bigram_nats": facts.baselines.get("bigram_nats"),
         "tokens_per_s": throughput(history.series("step")),
@@ -73,6 +78,7 @@ def summarize(history: History, facts: Facts, *, status: str, **more: Any) -> di
         ),
         "device_seconds": spent.device_seconds,
         "usd": None if spent.usd is None else float(spent.usd),
+        "joules": history.joules,
         "lost_steps": lost.steps,
         "lost_device_seconds": lost.device_seconds,
         "sessions": history.sessions,
@@ -109,8 +115,14 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:
 
 
 def results_table(summary: Mapping[str, Any]) -> Table:
-    """Held-out loss of the model beside the n-gram baselines of the same split."""
-    table = Table(title="Held-out loss", title_justify="left")
+    """Held-out loss of the model beside the n-gram baselines of the same split.
+
+    With `eval.max_tokens` the model's is of a part of the split, which the title says.
+    """
+    title, part, whole = "Held-out loss", summary.get("val_tokens"), summary.get("val_split_tokens")
+    if part and whole and part < whole:
+        title += f" (the model: first {part:,} of {whole:,} tokens; the baselines: all)"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("nats/token", justify="right")
     table.add_column("bits/byte", justify="right")

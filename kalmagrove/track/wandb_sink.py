@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 GROUPS = {
     "loss": "train", "lr": "train", "grad_norm": "train", "skipped": "train", "step": "train",
     "val_loss": "val", "val_bits_per_byte": "val",
-    "usd": "cost", "usd_projected": "cost", "device_seconds": "cost",
+    "usd": "cost", "usd_projected": "cost", "device_seconds": "cost", "joules": "cost",
     "tokens_per_s": "perf", "mfu": "perf", "peak_memory": "perf", "step_seconds": "perf",
     "seconds_left": "perf",
 }  # fmt: skip

@@ -12,15 +12,29 @@ from tests.dist.harness import Ranks, run_ranks
 pytestmark = pytest.mark.dist
 
 
-def test_resuming_is_bit_exact_at_every_stage(tmp_path: Path) -> None:
+def resumed_variants() -> dict[str, dict[str, Any]]:
     adam: dict[str, Any] = {"batch": {"micro": 2}, "optim": {"kind": "adamw", "lr": 0.01}}
     variants = {f"z{stage}": {**adam, "zero": {"stage": stage}} for stage in range(4)}
     for stage in (1, 2, 3):
         variants[f"z{stage} bf16"] = {**variants[f"z{stage}"], "engine": {"precision": "bf16"}}
     variants["z2 muon"] = {**variants["z2"], "optim": {"kind": "muon", "lr": 0.01}}
-    result = run_ranks("roundtrip", 2, folder=str(tmp_path), variants=variants, timeout=200)
-    for name in variants:
-        found = result[name]
+    return variants
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    jobs = {
+        "roundtrip": {"folder": str(folder), "variants": resumed_variants()},
+        "refusals": {"folder": str(folder / "refusals")},
+    }
+    found: dict[str, Any] = run_ranks("several", 2, jobs=jobs, timeout=300)
+    return found
+
+
+def test_resuming_is_bit_exact_at_every_stage(results: dict[str, Any]) -> None:
+    for name in resumed_variants():
+        found = results["roundtrip"][name]
         assert found["part"] == {step: found["whole"][step] for step in ("5", "6")}, name
         assert found["equal"] == [True, True], name
         assert found["random_equal"], name
@@ -32,8 +46,8 @@ def test_resuming_is_bit_exact_at_every_stage(tmp_path: Path) -> None:
         assert found["saved_step"] == 6, name
 
 
-def test_damaged_foreign_and_unwritable_checkpoints(tmp_path: Path) -> None:
-    result = run_ranks("refusals", 2, folder=str(tmp_path), timeout=200)
+def test_damaged_foreign_and_unwritable_checkpoints(results: dict[str, Any]) -> None:
+    result = results["refusals"]
     for rank in range(2):
         model = result["model"][rank]
         assert "model.d_model: checkpoint 12, run 16" in model
@@ -41,10 +55,13 @@ def test_damaged_foreign_and_unwritable_checkpoints(tmp_path: Path) -> None:
         assert "zero.stage: checkpoint 1, run 2" in result["layout"][rank]
         assert "optim.kind: checkpoint sgd, run adamw" in result["optim"][rank]
         assert result["longer"][rank] == 6
-        assert "found no whole checkpoint" in result["nothing"][rank]
+        assert "there is no whole checkpoint in" in result["nothing"][rank]
+        assert result["own_first"][rank] == 6
+        assert "lies in the run's own folder" in result["own_path"][rank]
         assert result["fallback"][rank] == 4
-        assert "found no whole checkpoint" in result["asked_damaged"][rank]
+        assert "there is no whole checkpoint in" in result["asked_damaged"][rank]
         assert result["path"][rank] == 2
+        assert result["path_again"][rank] == 4, "the command given again continues its own run"
         assert result["never"][rank] == 0
     assert result["left"] == ["step-000002", "step-000004", "step-000006.aside"]
     for rank in range(2):
@@ -53,7 +70,7 @@ def test_damaged_foreign_and_unwritable_checkpoints(tmp_path: Path) -> None:
             assert "last good checkpoint is" in message
             assert "step-000004" in message
         assert result[f"left_{rank}"] == result["left"]
-    assert result["after_path"] == ["step-000002", "step-000004.aside", "step-000006.aside"]
+    assert result["after_path"] == [result["left"], ["step-000004"]]
 
 
 def wait_for(checkpoint: Path, ranks: Ranks) -> None:
@@ -66,24 +83,24 @@ def wait_for(checkpoint: Path, ranks: Ranks) -> None:
 
 def test_killed_stopped_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     """SIGKILL of both processes, then SIGTERM to one of them, then to the end."""
-    common: dict[str, Any] = {"sections": {"zero": {"stage": 2}, "steps": 40}}
-    whole_steps = run_ranks("train", 2, folder=str(tmp_path / "whole"), **common)["steps"]
-    assert len(whole_steps) == 40
+    common: dict[str, Any] = {"sections": {"zero": {"stage": 2}, "steps": 30}}
     folder = tmp_path / "broken" / "checkpoints"
 
     first = Ranks("train", 2, folder=str(folder.parent), **common)
-    wait_for(folder / "step-000010", first)
+    wait_for(folder / "step-000005", first)
     first.kill()
 
     second = Ranks("train", 2, folder=str(folder.parent), **common)
-    wait_for(folder / "step-000020", second)
+    wait_for(folder / "step-000015", second)
     second.signal(signal.SIGTERM, 1)
     assert second.codes() == [75, 75], second.output()
     assert "the same command continues" in second.output()
 
-    last = run_ranks("train", 2, folder=str(folder.parent), **common)
+    whole = str(tmp_path / "whole")
+    last = run_ranks("train", 2, folder=str(folder.parent), whole=whole, **common)
+    assert len(last["whole"]) == 30
     start = last["events"][1]
     assert start[0] == "start"
-    assert start[1] >= 20
-    assert last["steps"] == {k: v for k, v in whole_steps.items() if int(k) > start[1]}
+    assert start[1] >= 15
+    assert last["steps"] == {k: v for k, v in last["whole"].items() if int(k) > start[1]}
     assert last["events"][-1] == ["stop", "done"]

@@ -18,7 +18,7 @@ VOCAB, WIDTH, SEQ, ROWS = 37, 12, 8, 8
 class Output(NamedTuple):
     loss: Tensor
     logits: Tensor | None
-    aux_loss: Tensor
+    nll: Tensor
 
 
 class Block(nn.Module):
@@ -67,11 +67,12 @@ class Toy(nn.Module):
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
         )
         loss = total / normalizer
+        nll = loss.detach()
         if self.bad_loss:
             loss = loss + float("inf")  # its gradient is finite
         if self.bad_gradient:
             x.register_hook(lambda gradient: gradient * float("nan"))
-        return Output(loss, None, torch.zeros(()))
+        return Output(loss, None, nll)
 
     def balance(self, groups: Groups) -> None:
         for block in self.blocks:
@@ -189,7 +190,7 @@ class Recorder:
         loss = all_reduce_sum(record.loss.clone(), self.groups.dp) / self.groups.dp.size
         self.steps[record.step] = (float(loss), float(record.grad_norm))
 
-    def evaluated(self, step: int, tokens: int, nats: float) -> None:
+    def evaluated(self, step: int, tokens: int, nats: float, val_tokens: int) -> None:
         self.events.append(["evaluated", step, nats])
 
     def checkpointed(self, step: int, tokens: int, path: Any, seconds: float) -> None:

@@ -58,12 +58,8 @@ def losses(run: Run, groups: Groups, steps: int) -> list[tuple[float, float]]:
 
 
 def equality(groups: Groups, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Losses of every variant, and the seconds a `build_engine` took."""
-    begun = time.perf_counter()
-    make(toy_run(), groups)
-    seconds = time.perf_counter() - begun
-    result = {name: losses(toy_run(**sections), groups, 6) for name, sections in variants.items()}
-    return {"losses": result, "build_seconds": seconds}
+    """Losses of every variant."""
+    return {name: losses(toy_run(**sections), groups, 6) for name, sections in variants.items()}
 
 
 def snapshot(engine: Any) -> list[torch.Tensor]:
@@ -191,11 +187,11 @@ def refusals(groups: Groups, folder: str) -> dict[str, Any]:
     fit(engine, rows, validation(groups), Recorder(groups), state, run)
     barrier(groups.world)
 
-    def attempt(**sections: Any) -> list[Any]:
+    def attempt(into: Path = run_dir, **sections: Any) -> list[Any]:
         other = toy_run(**{"checkpoint": {"every": 2, "keep": 3}, **sections})
         engine, rows = make(other, groups)
         try:
-            state = resume(engine, rows, Recorder(groups), other, run_dir)
+            state = resume(engine, rows, Recorder(groups), other, into)
             return _everywhere(state.step, groups)
         except CheckpointError as error:
             return _everywhere(str(error), groups)
@@ -204,14 +200,19 @@ def refusals(groups: Groups, folder: str) -> dict[str, Any]:
     result["layout"] = attempt(zero={"stage": 2})
     result["optim"] = attempt(optim={"kind": "adamw"})
     result["longer"] = attempt(steps=9, optim={"lr": 0.1})
-    result["nothing"] = attempt(checkpoint={"resume": str(run_dir / "elsewhere")})
+    nothing = {"resume": str(run_dir.parent / "elsewhere")}
+    result["nothing"] = attempt(run_dir.parent / "empty", checkpoint=nothing)
+    result["own_first"] = attempt(checkpoint=nothing)
+    result["own_path"] = attempt(
+        checkpoint={"resume": str(run_dir / "checkpoints" / "step-000002")}
+    )
     victim = run_dir / "checkpoints" / "step-000006"
     if groups.is_main:
         shard = sorted(victim.glob("*optim_states.pt"))[-1]
         os.truncate(shard, shard.stat().st_size - 10)
         (run_dir / "checkpoints" / "step-000008.tmp").mkdir()
     barrier(groups.world)
-    result["asked_damaged"] = attempt(checkpoint={"resume": str(victim)})
+    result["asked_damaged"] = attempt(run_dir.parent / "empty", checkpoint={"resume": str(victim)})
     result["fallback"] = attempt()
     result["left"] = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
 
@@ -228,8 +229,17 @@ def refusals(groups: Groups, folder: str) -> dict[str, Any]:
         result[f"full_disk_{rank}"] = _everywhere(message, groups)
         result[f"left_{rank}"] = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
         barrier(groups.world)
-    result["path"] = attempt(checkpoint={"resume": str(run_dir / "checkpoints" / "step-000002")})
-    result["after_path"] = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+    fork = run_dir.parent / "fork"
+    path = {"resume": str(run_dir / "checkpoints" / "step-000002"), "every": 2}
+    run = toy_run(steps=4, checkpoint=path)
+    engine, rows = make(run, groups)
+    state = resume(engine, rows, Recorder(groups), run, fork)
+    result["path"] = _everywhere(state.step, groups)
+    fit(engine, rows, validation(groups), Recorder(groups), state, run)
+    result["path_again"] = attempt(fork, checkpoint=path)
+    result["after_path"] = [
+        sorted(p.name for p in (folder / "checkpoints").iterdir()) for folder in (run_dir, fork)
+    ]
     barrier(groups.world)
     result["never"] = attempt(checkpoint={"resume": "never"})
     return result
@@ -245,12 +255,24 @@ def small_files(here: bool) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def train(groups: Groups, folder: str, sections: dict[str, Any]) -> dict[str, Any]:
-    """One run as a command makes it, slow enough to be killed."""
+def train(
+    groups: Groups, folder: str, sections: dict[str, Any], whole: str | None = None
+) -> dict[str, Any]:
+    """One run as a command makes it, slow enough to be killed; then another, into `whole`."""
     run_dir = Path(folder)
     run = toy_run(**{"checkpoint": {"every": 5}, **sections})
     engine, rows = make(run, groups)
-    meters = Recorder(groups)
+    closed = run_dir / "closed"
+    closed.unlink(missing_ok=True)
+
+    class SlowToClose(Recorder):
+        def stop(self, status: str, **facts: Any) -> None:
+            super().stop(status, **facts)
+            if groups.is_main:
+                time.sleep(0.3)
+                closed.touch()
+
+    meters = SlowToClose(groups)
 
     class Slow(Rows):
         def __next__(self) -> dict[str, Any]:
@@ -263,8 +285,12 @@ def train(groups: Groups, folder: str, sections: dict[str, Any]) -> dict[str, An
         fit(engine, rows, validation(groups), meters, state, run)
     except KalmaGroveError as error:
         print(error)
-        os._exit(error.exit_code)
-    return {"steps": meters.steps, "events": meters.events}
+        os._exit(error.exit_code if closed.exists() else 1)
+    assert closed.exists(), "this rank left before rank 0 had closed the run"
+    result = {"steps": meters.steps, "events": meters.events}
+    if whole:
+        result["whole"] = train(groups, whole, sections)["steps"]
+    return result
 
 
 def gives_up(groups: Groups, folder: str) -> dict[str, Any]:
@@ -296,15 +322,17 @@ def gives_up(groups: Groups, folder: str) -> dict[str, Any]:
     return {"message": message, "events": meters.events, "finite": finite, "poisoned": poisoned}
 
 
-def refits(groups: Groups, folder: str, variants: dict[str, list[str]]) -> dict[str, Any]:
-    """Runs whose grids move: their losses, resumed too, and what a refit leaves behind."""
-    return {
-        name: {
-            "refit": _everywhere(_refit_and_step(groups, overrides), groups),
-            **_refit_and_resume(groups, Path(folder) / f"{name}-{groups.world.size}", overrides),
-        }
-        for name, overrides in variants.items()
-    }
+def refits(
+    groups: Groups, folder: str, variants: dict[str, list[str]], resumed: list[str]
+) -> dict[str, Any]:
+    """What a refit leaves behind; of `resumed` variants also the losses, of a resumed run too."""
+    result: dict[str, Any] = {}
+    for name, overrides in variants.items():
+        result[name] = {"refit": _everywhere(_refit_and_step(groups, overrides), groups)}
+        if name in resumed:
+            run_dir = Path(folder) / f"{name}-{groups.world.size}"
+            result[name] |= _refit_and_resume(groups, run_dir, overrides)
+    return result
 
 
 def _real_engine(run: Run, groups: Groups, seed: int = 0) -> tuple[Any, Rows]:
@@ -359,7 +387,13 @@ def _refit_and_resume(groups: Groups, run_dir: Path, overrides: list[str]) -> di
     return result
 
 
+def several(groups: Groups, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Several workers one after the other: starting processes takes longer than most of them."""
+    return {name: WORKERS[name](groups, **arguments) for name, arguments in jobs.items()}
+
+
 WORKERS: dict[str, Any] = {
+    "several": several,
     "equality": equality,
     "real_model": real_model,
     "nonfinite": nonfinite,

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kalmagrove.engine.connect import free_port
 from tests.e2e.conftest import command, run
 
 pytestmark = pytest.mark.e2e
@@ -82,6 +83,17 @@ def test_a_finished_run_is_not_trained_again(finished: Path, settings: list[str]
     assert done.returncode == 0, done.stderr
     assert "has already done its 24 steps" in done.stdout
     assert (config.parent / "ledger.jsonl").read_bytes() == before
+    # The same under a launcher, where the ranks themselves find out.
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **port}
+    words = [*settings, "zero=stage2", "steps=24", "name=whole"]
+    done = run("train", *words, cwd=finished, **launcher)
+    assert done.returncode == 0, done.stderr
+    assert "has already done its 24 steps" in done.stdout
+    other = run("train", *words, "optim.lr=1e-3", cwd=finished)
+    assert other.returncode == 2
+    assert "trained with other settings (optim.lr was 0.003, is 0.001)" in other.stderr
+    assert (config.parent / "ledger.jsonl").read_bytes() == before
 
 
 def start(words: list[str], cwd: Path) -> subprocess.Popen[bytes]:
@@ -138,6 +150,7 @@ def test_a_signal_saves_and_leaves(
     number: signal.Signals, settings: list[str], tmp_path: Path
 ) -> None:
     words = [*settings, TWO, "steps=3000", "name=stopped", "checkpoint.every=2000"]
+    words += ["checkpoint.resume=never"]
     process = start(words, tmp_path)
     folder = tmp_path / "runs" / "stopped"
     wait_for(process, folder, 3)
@@ -145,16 +158,23 @@ def test_a_signal_saves_and_leaves(
     assert process.wait(timeout=120) == 75, (tmp_path / "log").read_text()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "stopped"
+    assert "resume: auto" in (folder / "config.yaml").read_text()
     assert (folder / "checkpoints" / f"step-{summary['steps']:06d}" / "state.json").exists()
-    assert "the same command continues" in (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert log.count("kalmagrove: stopped by ") == 1, "one rank says it"
+    assert "checkpoint.resume=auto continues" in log
+    assert log.count("finishing the step and saving; Ctrl-C again kills") == 1
 
 
 def test_another_model_is_refused(finished: Path, settings: list[str]) -> None:
+    folder = finished / "runs" / "whole"
+    before = (folder / "config.yaml").read_bytes()
     words = [*settings, TWO, "zero=stage2", "steps=30", "name=whole", "ffn=dense"]
     done = run("train", *words, cwd=finished)
     assert done.returncode == 1
-    assert "model.ffn.pattern" in done.stderr
+    assert done.stderr.count("model.ffn.pattern") == 1, "one rank says it"
     assert "Traceback" not in done.stderr
+    assert (folder / "config.yaml").read_bytes() == before, "a refused start changes nothing"
 
 
 def test_generate(finished: Path) -> None:
@@ -168,6 +188,17 @@ def test_generate(finished: Path) -> None:
     assert missing.returncode == 1
     assert missing.stderr.startswith("kalmagrove: run=")
     assert missing.stderr.count("\n") == 1
+    tokenizer = finished / "runs" / "whole" / "tokenizer" / "tokenizer.json"
+    own = tokenizer.read_text()
+    try:
+        tree = json.loads(own)
+        tree["added_tokens"][0]["lstrip"] = not tree["added_tokens"][0]["lstrip"]
+        tokenizer.write_text(json.dumps(tree))
+        foreign = run(*words, cwd=finished)
+    finally:
+        tokenizer.write_text(own)
+    assert foreign.returncode == 1
+    assert "is not the tokenizer that" in foreign.stderr
 
 
 def test_a_mistake_leaves_nothing_behind(settings: list[str], tmp_path: Path) -> None:
@@ -175,7 +206,9 @@ def test_a_mistake_leaves_nothing_behind(settings: list[str], tmp_path: Path) ->
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
-    done = run("train", *settings, "data.seq_len=4000000", "batch.tokens=16000000", cwd=tmp_path)
+    words = [*settings, TWO, "data.seq_len=4000000", "batch.tokens=32000000"]
+    done = run("train", *words, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "data.seq_len=4000000" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("kalmagrove: data.seq_len=4000000 is longer than the data")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()

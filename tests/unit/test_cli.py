@@ -1,11 +1,22 @@
-"""The command line: verbs, help, and mistakes that are one line and exit code 2."""
+"""The command line: verbs, help, mistakes that are one line and exit code 2, run folders."""
 
+import copy
+import functools
+import operator
 import re
+import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
+import yaml
 
 from kalmagrove import __version__
-from kalmagrove.cli import VERBS, main
+from kalmagrove.cli import VERBS, launch, main, run_folder, train
+from kalmagrove.cli.compose import compose_tree, read_yaml
+from kalmagrove.config import ConfigError, DataError, Interrupted, KalmaGroveError, Run, load
+from kalmagrove.parallel import Groups
 
 pytestmark = pytest.mark.unit
 
@@ -40,14 +51,21 @@ def test_help_and_cfg_of_every_verb(verb: str, capsys: pytest.CaptureFixture) ->
         (["steps=[1"], "steps"),
         (["model=kan_tiny", "model.attention.ada.heads=5"], "must divide model.d_model=64"),
         (["--config", "/does/not/exist.yaml"], "--config=/does/not/exist.yaml cannot be read"),
+        (["--config=/does/not/exist.yaml"], "--config=/does/not/exist.yaml cannot be read"),
+        (["--config", "a.yaml", "steps=3"], "takes one file and no overrides"),
         (["--cfg", "job", "model=nope"], "model=nope is not an option"),
+        (["-m", "steps=3,x"], "steps='x' should be a valid integer"),
+        (["-m", "steps=3", "model=kan_tiny,nope"], "model=nope is not an option"),
+        (["-m", "steps=3,4", "model=kan_tiny", "batch.tokens=16384,5"], "batch.tokens=5 must be"),
     ],
 )
 def test_mistakes_are_one_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert main(["train", "--dry-run", *words]) == 2
-    err = capsys.readouterr().err.strip()
+    out, err = capsys.readouterr()
+    assert out == "", "a sweep does not begin"
+    err = err.strip()
     assert message in err
     assert err.startswith("kalmagrove: ")
     assert "\n" not in err
@@ -66,3 +84,170 @@ def test_dry_run_shows_the_plan(capsys: pytest.CaptureFixture) -> None:
     for word in ("embedding", "attention", "ffn", "active", "memory"):
         assert word in out.lower(), word
     assert f"{7 * 16384:,}" in out
+
+
+@functools.cache
+def composed() -> dict:
+    return compose_tree("train", ["model=kan_tiny"])
+
+
+def tiny(folder: Path, *words: str) -> Run:
+    tree = copy.deepcopy(composed())
+    for word in [f"dir={folder}", *words]:
+        *home, last = word.partition("=")[0].split(".")
+        node = functools.reduce(operator.getitem, home, tree)
+        node[last] = yaml.safe_load(word.partition("=")[2])
+    return load(tree)
+
+
+def pretend_done(run: Run) -> Path:
+    folder = run_folder.choose(run)
+    run_folder.claim(folder)
+    run_folder.settle(folder, run, SimpleNamespace(save=lambda place: place.mkdir()))
+    (folder / "summary.json").write_text('{"status": "done", "steps": 5}')
+    (folder / "ledger.jsonl").touch()
+    return folder
+
+
+def test_finished_is_only_the_same_configuration(tmp_path: Path) -> None:
+    folder = pretend_done(tiny(tmp_path, "steps=5", "name=a"))
+    assert (tmp_path / "latest").resolve() == folder
+    same = tiny(tmp_path, "steps=5", "name=a", "eval.every=3", "data.workers=2", "launch.nproc=2")
+    assert run_folder.finished(folder, same) == {"status": "done", "steps": 5}
+    assert run_folder.finished(folder, tiny(tmp_path, "steps=6", "name=a")) is None
+    other = tiny(tmp_path, "steps=5", "name=a", "optim.lr=0.5", "seed=3")
+    with pytest.raises(ConfigError, match=r"seed was 0, is 3; optim.lr was 0.001, is 0.5.*never"):
+        run_folder.finished(folder, other)
+
+
+def test_a_saved_configuration_continues_the_run_begun_anew(tmp_path: Path) -> None:
+    first = pretend_done(tiny(tmp_path, "steps=5", "name=a"))
+    again = tiny(tmp_path, "steps=5", "name=a", "checkpoint.resume=never")
+    assert run_folder.finished(first, again) is None
+    second = pretend_done(again)
+    assert second == first.with_name("a-2")
+    saved = load(read_yaml(str(second / "config.yaml")))
+    assert saved.checkpoint.resume == "auto"
+    assert run_folder.choose(saved) == second
+
+
+def test_what_a_folder_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = run_folder.claim(tmp_path / "a")
+    assert run_folder.holds(tmp_path / "a", token)
+    assert not run_folder.holds(tmp_path / "a", "another")
+    assert not run_folder.holds(tmp_path / "elsewhere", token)
+    with pytest.raises(ConfigError, match="name=a is being trained by another process"):
+        run_folder.claim(tmp_path / "a")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"dir=.*file cannot hold the run b \(Not a directory"):
+        run_folder.claim(tmp_path / "file" / "b")
+
+    def no_locks(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
+    assert run_folder.holds(tmp_path / "c", run_folder.claim(tmp_path / "c"))
+
+
+def test_machines_without_a_common_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, run = Groups.single(), tiny(tmp_path, "name=a")
+    monkeypatch.setattr(run_folder, "holds", lambda folder, token: False)
+    with pytest.raises(ConfigError, match=r"dir=.* must be on a file system that all machines"):
+        train._claim(run, groups)
+    prepared = SimpleNamespace(fingerprint="here", path=tmp_path)
+    train._check_same_data(run, groups, prepared)
+    monkeypatch.setattr("kalmagrove.parallel.broadcast_object", lambda value, group: "there")
+    with pytest.raises(DataError, match=r"data.cache=.* is here on rank 0 and there on rank 0"):
+        train._check_same_data(run, groups, prepared)
+
+
+SRUN = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+
+
+def test_launchers_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    run = tiny(tmp_path, "launch.nproc=2")
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    assert (launch.launched_world_size(), launch.launched_rank()) == (4, 1)
+    with pytest.raises(ConfigError, match=r"launch.nproc=2 contradicts the launcher.*4 processes"):
+        launch.world_size(run)
+    assert launch.world_size(tiny(tmp_path)) == 4
+    monkeypatch.setenv("SLURM_PROCID", "0")  # a shell: srun --pty bash
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert launch.launched_world_size() is None
+    assert launch.world_size(run) == 2
+
+
+def test_gpus_may_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1f, GPU-2e")
+    run = tiny(tmp_path, "launch.nproc=3", "launch.port=1234")
+    with pytest.raises(ConfigError, match=r"launch.nproc=3 must be at most the 2 visible GPUs"):
+        launch.world_size(run)
+    (info,) = [w for w in launch._launcher(run, 2) if w.startswith("--world_info=")]
+    decoded = launch.base64.urlsafe_b64decode(info.partition("=")[2])
+    assert launch.json.loads(decoded) == {"localhost": ["GPU-1f", "GPU-2e"]}
+
+
+def test_exit_codes() -> None:
+    killed = 128 + signal.SIGKILL
+    codes = {0: 0, 3: 3, 75: 75, -signal.SIGKILL: killed, 256 - signal.SIGKILL: killed}
+    assert {returned: launch.exit_code(returned) for returned in codes} == codes
+
+
+def test_a_launcher_that_lost_the_run_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(launch, "launch", lambda run, nproc: 0)
+    monkeypatch.setattr("kalmagrove.data.prepare", lambda data: None)
+    monkeypatch.setattr("kalmagrove.data.check_seq_len", lambda prepared, seq_len: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = ["train", "model=kan_tiny", "launch.nproc=2", f"dir={tmp_path}"]
+    assert main(words) == 1
+    assert "does not say that the 1000 steps are done" in capsys.readouterr().err
+
+
+def test_a_stop_ends_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    begun: list[int] = []
+
+    def start(run: Run, dry_run: bool, in_sweep: bool) -> int:
+        begun.append(run.steps)
+        return 75 if run.steps == 2 else 0
+
+    monkeypatch.setattr(train, "_start", start)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "-m", "model=kan_tiny", "steps=1,2,3"]) == 75
+    assert begun == [1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"], "nothing lies about"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("error", [Interrupted("enough"), DataError("gone")])
+def test_connected_ranks_say_once_what_all_know(
+    rank: int,
+    error: KalmaGroveError,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    for name, value in (SRUN | {"SLURM_PROCID": str(rank)}).items():
+        monkeypatch.setenv(name, value)
+
+    def fail(words: object) -> int:
+        raise error
+
+    monkeypatch.setattr(train, "main", fail)
+    prefix = "kalmagrove: rank 1: " if rank else "kalmagrove: "
+    assert main(["train"]) == error.exit_code
+    assert capsys.readouterr().err == f"{prefix}{error}\n", "not connected: each for itself"
+    store = dist.HashStore()
+    if rank:
+        store.set("kalmagrove/last_word", "said")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    assert main(["train"]) == error.exit_code
+    silent = rank and isinstance(error, Interrupted)
+    assert capsys.readouterr().err == ("" if silent else f"{prefix}{error}\n")
+    assert store.num_keys() == int(isinstance(error, Interrupted) or rank)

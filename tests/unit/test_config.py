@@ -1,6 +1,7 @@
 """Every file under conf/ composes and validates; what cannot work is refused in one line."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,15 @@ REFUSED = [
     ({"data.tokenizer.kind": "auto"}, "data.tokenizer.name=null must name a tokenizer"),
     ({"data.format": "messages"}, "data.format=messages needs rows with messages"),
     ({"steps": None}, "steps=None should be a valid integer"),
+    ({"launch.nproc": "two"}, "launch.nproc='two' should be a valid integer or be 'auto'"),
+    ({"launch.nproc": 0}, "launch.nproc=0 should be greater than 0 or be 'auto'"),
+    ({"launch.port": 70000}, "launch.port=70000 should be less than or equal to 65535"),
+    ({"model.attention.ada.qk_rank": "x"}, "ada.qk_rank='x' should be a valid integer or"),
+    ({"optim.lr": float("inf")}, "optim.lr=inf should be a finite number"),
+    ({"optim.betas": [0.9, 1.0]}, "optim.betas=1.0 should be less than 1"),
+    ({"name": "latest"}, "name='latest' cannot name a folder of runs"),
+    ({"name": "a/b"}, "name='a/b' cannot name a folder of runs"),
+    ({"name": ""}, "name='' cannot name a folder of runs"),
 ]
 
 
@@ -158,8 +168,24 @@ def test_a_run_is_frozen_and_named_after_what_decides_its_result(tree: dict) -> 
     with pytest.raises(ValueError, match="frozen"):
         run.steps = 3
     assert load(tree | {"dir": "elsewhere"}).run_name == run.run_name
+    neutral = copy.deepcopy(tree)
+    neutral["data"]["cache"], neutral["data"]["workers"] = "elsewhere", 3
+    neutral["engine"]["threads"], neutral["eval"]["every"] = 7, 5
+    assert load(neutral).run_name == run.run_name
     assert load(tree | {"seed": 1}).run_name != run.run_name
     assert load(tree | {"name": "mine"}).run_name == "mine"
+
+
+def test_an_error_survives_the_way_between_ranks() -> None:
+    error = ConfigError("dir", Path("runs"), "cannot hold the run", "give another dir")
+    copied = pickle.loads(pickle.dumps(error))
+    assert (str(copied), copied.exit_code) == (str(error), 2)
+
+
+def test_generate_refuses_an_unknown_device() -> None:
+    tree = compose_tree("generate", ["device=foo"])
+    with pytest.raises(ConfigError, match="device='foo' should match pattern"):
+        validate(Generate, tree)
 
 
 def test_vocabulary_follows_the_tokenizer(tree: dict) -> None:

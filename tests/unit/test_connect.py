@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kalmagrove.config import ConfigError
-from kalmagrove.engine.connect import first_host, rendezvous
+from kalmagrove.engine.connect import _device, first_host, rendezvous, usable_cores
 from kalmagrove.engine.signals import STOP_FILE_VARIABLE, StopRequest
 from kalmagrove.parallel import Groups
 
@@ -58,6 +59,34 @@ def test_a_batch_script_outside_srun_is_alone() -> None:
 )
 def test_first_host(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
+
+
+def test_cores_follow_affinity_and_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert usable_cores(tmp_path / "absent") == 8
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert usable_cores(tmp_path) == 8
+    (tmp_path / "cpu.max").write_text("250000 100000\n")
+    assert usable_cores(tmp_path) == 3
+    (tmp_path / "cpu.max").write_text("5000 100000\n")
+    assert usable_cores(tmp_path) == 1
+    old = tmp_path / "v1" / "cpu"
+    old.mkdir(parents=True)
+    (old / "cpu.cfs_period_us").write_text("100000\n")
+    for quota, cores in (("-1", 8), ("200000", 2), ("9900000", 8)):
+        (old / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        assert usable_cores(tmp_path / "v1") == cores
+
+
+def test_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert _device(3, "cuda", by_srun=True).index == 3
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK=4 .*launch\.nproc=4"):
+        _device(4, "cuda", by_srun=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert _device(3, "cuda", by_srun=True).index == 0, "--gpus-per-task=1 shows each task its own"
+    with pytest.raises(ConfigError, match="LOCAL_RANK=3"):
+        _device(3, "cuda", by_srun=False)
 
 
 def test_signals_are_remembered_and_handlers_put_back() -> None:

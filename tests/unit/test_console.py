@@ -52,6 +52,10 @@ def test_unknown_figures_are_left_out_or_named() -> None:
             {"event": "eval", "val_loss": 3.6, "val_bits_per_byte": 1.5, "seconds": 2.04},
             "val 3.6000 nats  1.5000 bits/byte  (2.0 s)",
         ),
+        (
+            {"event": "eval", "val_loss": None, "val_bits_per_byte": None, "seconds": 2.0},
+            "val - nats  (2.0 s)",
+        ),
         ({"event": "checkpoint", "path": "c/step-5", "seconds": 1.0}, "saved c/step-5  (1.0 s)"),
         ({"event": "skip", "reason": "loss is inf"}, "skipped: loss is inf"),
         (

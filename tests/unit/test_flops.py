@@ -158,11 +158,3 @@ def test_ada_hardware_flops_follow_the_form() -> None:
     assert run("quadratic", 100) - base == 2 * 2 * (2 * 100 * (8 + 8) - 4 * 8 * 8)
     assert run("auto", 8) == run("quadratic", 8)
     assert run("auto", 9) == run("chunked", 9)
-
-
-def test_checkpointing_runs_every_block_twice() -> None:
-    flops = flops_per_token(tiny(), 8)
-    logits = 2 * 16 * 32
-    forward = sum(row.hardware for row in flops.rows)
-    assert flops.hardware_training() == 3 * forward
-    assert flops.hardware_training(activation_checkpointing=True) == 4 * forward - logits

@@ -125,7 +125,7 @@ def test_pauses_are_paid_but_not_counted_as_training(tmp_path: Path) -> None:
     session.meters.start(0, 0)
     session.step(1)
     session.clock.add(10.0)
-    session.meters.evaluated(1, 16, 3.5)
+    session.meters.evaluated(1, 16, 3.5, 700)
     session.clock.add(7.0)
     session.meters.checkpointed(1, 16, tmp_path / "checkpoints" / "step-1", 6.9)
     session.step(2)
@@ -166,10 +166,12 @@ def test_a_skipped_step_does_not_poison_the_average(tmp_path: Path) -> None:
 def test_nothing_is_fetched_between_lines(tmp_path: Path) -> None:
     asked = []
 
-    def metrics() -> dict[str, Tensor]:
-        asked.append(1)
-        return {"load": torch.tensor([1.0, 3.0]), "out_of_range": torch.tensor(0.25)}
+    class Metrics(dict[str, Tensor]):
+        def items(self) -> Any:
+            asked.append(1)
+            return super().items()
 
+    metrics = Metrics(load=torch.tensor([1.0, 3.0]), out_of_range=torch.tensor(0.25))
     session = Session(tmp_path)
     session.meters.start(0, 0)
     session.step(1, model_metrics=metrics)
@@ -179,6 +181,27 @@ def test_nothing_is_fetched_between_lines(tmp_path: Path) -> None:
     (line,) = session.lines("step")
     assert (line["load_cv"], line["out_of_range"]) == (0.5, 0.25)
     assert line["model"] == {"load_cv": 0.5, "load_max": 1.5, "out_of_range": 0.25}
+
+
+def test_an_auxiliary_loss_is_named_where_there_is_one(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    session.meters.start(0, 0)
+    for step, aux_loss in ((2, 0.0), (4, 0.25)):
+        session.step(step, model_metrics={"aux_loss": torch.tensor(aux_loss)})
+    assert [line["model"] for line in session.lines("step")] == [{}, {"aux_loss": 0.25}]
+
+
+def test_a_held_out_loss_that_is_not_finite_is_shown_and_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = Session(tmp_path)
+    session.meters.start(0, 0)
+    session.step(2)
+    session.meters.evaluated(2, 32, math.nan, 700)
+    session.meters.stop("done")
+    assert [r.message for r in caplog.records] == ["the held-out loss at step 2 is nan"]
+    assert "val - nats  (0.0 s)" in session.out.getvalue()
+    assert json.loads((tmp_path / "summary.json").read_text())["val_loss_nats"] is None
 
 
 def test_metrics_become_scalars() -> None:
@@ -352,7 +375,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     )
     meters.start(0, 0)
     meters.step(StepRecord(2, 32, torch.tensor(1.0), 0.1, 1e-3))
-    meters.evaluated(2, 32, 1.0)
+    meters.evaluated(2, 32, 1.0, 700)
     meters.checkpointed(2, 32, tmp_path, 0.1)
     meters.stop("done")
     assert list(tmp_path.iterdir()) == []

@@ -55,13 +55,14 @@ def train(run_dir: Path, **track: Any) -> dict[str, Any]:
         params_active=60,
         flops_per_token=1e9,
         val_bytes_per_token=4.0,
+        val_split_tokens=1000,
         baselines={"unigram_nats": 6.0, "bigram_nats": 4.5},
         screen=RichConsole(file=io.StringIO()),
     )
     meters.start(0, 0)
     for step in (1, 2):
         meters.step(StepRecord(step, 16 * step, torch.tensor(3.0), 0.5, 1e-3))
-    meters.evaluated(2, 32, 3.25)
+    meters.evaluated(2, 32, 3.25, 700)
     meters.stop("done", step=2)
     return json.loads((run_dir / "summary.json").read_text())
 
@@ -72,6 +73,7 @@ def test_summary_holds_what_is_promised(tmp_path: Path) -> None:
     expected = {
         "status": "done", "steps": 2, "tokens": 32, "val_loss_nats": 3.25, "unigram_nats": 6.0,
         "bigram_nats": 4.5, "params_total": 100, "params_active": 60, "world_size": 1,
+        "val_tokens": 700, "val_split_tokens": 1000, "joules": None,
     }  # fmt: skip
     assert {key: summary[key] for key in expected} == expected
     assert math.isclose(summary["val_bits_per_byte"], 3.25 / math.log(2) / 4)
@@ -81,6 +83,8 @@ def test_summary_holds_what_is_promised(tmp_path: Path) -> None:
     assert summary["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert summary["machine"]["gpu"] is None
     table = (tmp_path / "console.log").read_text()
+    title = "Held-out loss (the model: first 700 of 1,000 tokens; the baselines: all)"
+    assert title in " ".join(table.split())
     for row in ("tiny", "bigram", "unigram", "3.2500", "4.5000", "6.0000", "nats/token"):
         assert row in table
 
@@ -112,6 +116,12 @@ def test_the_table_shows_unknown_as_a_dash() -> None:
     (line,) = [line for line in out.getvalue().splitlines() if "tiny" in line]
     assert "2.0000" in line
     assert "-" in line
+
+
+def test_the_table_of_a_whole_split_says_nothing_of_parts() -> None:
+    keys = ("val_loss_nats", "bigram_nats", "unigram_nats", "val_bytes_per_token")
+    row = dict.fromkeys(keys) | {"run": "tiny", "val_tokens": 9, "val_split_tokens": 9}
+    assert results_table(row).title == "Held-out loss"
 
 
 def test_units() -> None:

@@ -1,0 +1,107 @@
+"""What a training step reports, with plain torch in DeepSpeed's place."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import make_run
+from torch import Tensor
+
+from kalmagrove.config import Run
+from kalmagrove.engine.engine import Engine
+from kalmagrove.nn import build_model
+from kalmagrove.parallel import Groups
+
+pytestmark = pytest.mark.unit
+
+
+class Plain:
+    """DeepSpeed's interface without its work: the weights stay."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module, self.optimizer = module, SimpleNamespace(param_groups=[])
+
+    def __call__(self, **batch: Any) -> Any:
+        return self.module(**batch)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return True
+
+    def step(self) -> None:
+        """Nothing is updated."""
+
+    def get_global_grad_norm(self) -> float:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def make_engine(**model: Any) -> Engine:
+    base = make_run().model.model_dump(mode="json")
+    base["ffn"]["pattern"] = ["grove"]
+    base["ffn"]["grove"]["z_loss"] = model.pop("router_z_loss")
+    run: Run = make_run(model={**base, **model})
+    groups = Groups.single()
+    torch.manual_seed(0)
+    module = build_model(run.model, groups)
+    return Engine(module, Plain(module), groups, run, torch.float32)
+
+
+def batches(engine: Engine, seed: int = 0) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 32, (engine.accumulation, 2, 1, 8), generator=generator)
+    return [{"tokens": t[0], "targets": t[1], "normalizer": 8.0} for t in tokens]
+
+
+@pytest.mark.parametrize(("router", "logit"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)])
+def test_the_loss_reported_is_the_cross_entropy_alone(router: float, logit: float) -> None:
+    engine = make_engine(router_z_loss=router, logit_z_loss=logit)
+    steps = batches(engine)
+    whole = sum(float(engine.module(**b).loss.detach()) for b in steps) / len(steps)
+    alone = sum(float(engine.eval_loss(b)[0]) / 8 for b in steps) / len(steps)
+    loss, norm = engine.train_step(steps, 0)
+    assert float(loss) == pytest.approx(alone, rel=1e-6)
+    assert math.isfinite(norm)
+    aux_loss = float(engine.metrics["aux_loss"])
+    if router or logit:
+        assert aux_loss == pytest.approx(whole - alone, rel=1e-3)
+        assert aux_loss > 1e-3
+    else:
+        assert aux_loss == 0
+
+
+def test_the_gradient_is_that_of_the_whole_loss() -> None:
+    engine = make_engine(router_z_loss=0.5, logit_z_loss=0.5)
+    steps = batches(engine)
+    engine.train_step(steps, 0)
+    found = {name: p.grad.clone() for name, p in engine.module.named_parameters()}
+    engine.module.zero_grad()
+    for batch in steps:
+        engine.module(**batch).loss.backward()
+    for name, parameter in engine.module.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, msg=name)
+
+
+def test_an_evaluation_leaves_the_metrics_of_training() -> None:
+    engine = make_engine(router_z_loss=0.5)
+    engine.train_step(batches(engine), 0)
+    taken = {name: value.clone() for name, value in engine.metrics.items()}
+    engine.eval_loss(batches(engine, seed=1)[0])
+    assert taken.keys() == engine.metrics.keys()
+    assert all(torch.equal(taken[name], engine.metrics[name]) for name in taken)
+    other = engine.module.metrics()
+    assert any(not torch.equal(taken[name], other[name]) for name in other)
+
+
+def test_a_loss_that_is_not_finite_is_reported_even_if_the_cross_entropy_is() -> None:
+    engine = make_engine(router_z_loss=0.5)
+    engine.module.blocks[0].ffn.gate_bias.data.fill_(1e20)  # its square is infinite
+    steps = batches(engine)
+    assert all(math.isfinite(engine.module(**batch).nll) for batch in steps)
+    loss, _ = engine.train_step(steps, 0)
+    assert math.isnan(loss)
+    assert engine.skipped
