@@ -39,7 +39,8 @@ def deepspeed_config(
         parameters: number of the model's elements; no communication bucket is larger.
     """
     zero = run.zero
-    bucket = min(zero.bucket, max(parameters, 1))
+    bucket = min(zero.bucket, parameters)
+    bucket += bucket % 2  # NCCL wants pairs of 2-byte elements
     tree: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": run.batch.micro,
         "gradient_accumulation_steps": run.accumulation(groups.dp.size),

@@ -9,6 +9,7 @@ from torch import nn
 
 from kalmagrove.config import ConfigError, Optim
 
+ALIGNMENT = 8  # elements: 16 bytes in bf16, what Triton kernels assume of a pointer
 KINDS = ("matrix", "embedding", "spline", "norm", "bias", "decay", "kernel")
 
 
@@ -41,13 +42,25 @@ def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
         raise ConfigError("model", type(model).__name__, "has no trainable parameter")
     return [
         {
-            "name": name,
+            "name": name + suffix,
             "params": params,
             "lr": optim.muon_lr if name == "muon" else optim.lr,
             "base_lr": optim.muon_lr if name == "muon" else optim.lr,
             "weight_decay": 0.0 if name == "no_decay" else optim.weight_decay,
             "muon": name == "muon",
         }
-        for name, params in groups.items()
-        if params
+        for name, members in groups.items()
+        for suffix, params in _aligned(members)
     ]
+
+
+def _aligned(members: list[nn.Parameter]) -> list[tuple[str, list[nn.Parameter]]]:
+    """Split a group so that ZeRO, which lays a group's parameters end to end, aligns each of them.
+
+    A parameter whose size is no multiple of `ALIGNMENT` stands alone. Otherwise those behind it lie
+    askew, and a block compiled for one layer's parameters fails on another's ("misaligned address").
+    """
+    even = [p for p in members if p.numel() % ALIGNMENT == 0]
+    odd = [p for p in members if p.numel() % ALIGNMENT]
+    split = [(f".{i}", [p]) for i, p in enumerate(odd)]
+    return [("", even), *split] if even else split

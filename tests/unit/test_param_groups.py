@@ -27,10 +27,20 @@ class Tagged(nn.Module):
 def names(optim: Optim) -> dict[str, tuple[float, float, set[str]]]:
     model = Tagged()
     of = {id(p): name for name, p in model.named_parameters()}
-    return {
-        g["name"]: (g["lr"], g["weight_decay"], {of[id(p)] for p in g["params"]})
-        for g in parameter_groups(model, optim)
-    }
+    found: dict[str, tuple[float, float, set[str]]] = {}
+    for g in parameter_groups(model, optim):
+        members = {of[id(p)] for p in g["params"]}
+        kind = g["name"].split(".")[0]  # decay, decay.0, ...: see the test of alignment
+        found[kind] = (g["lr"], g["weight_decay"], found.get(kind, (0, 0, set()))[2] | members)
+    return found
+
+
+def test_parameters_laid_end_to_end_stay_aligned() -> None:
+    groups = parameter_groups(Tagged(), Optim())
+    assert len({g["name"] for g in groups}) == len(groups)
+    for group in groups:
+        sizes = [p.numel() for p in group["params"]]
+        assert len(sizes) == 1 or all(size % 8 == 0 for size in sizes), group["name"]
 
 
 def test_untagged_parameters_go_by_their_dimensions() -> None:
