@@ -58,7 +58,7 @@ def _aligned(members: list[nn.Parameter]) -> list[tuple[str, list[nn.Parameter]]
     """Split a group so that ZeRO, which lays a group's parameters end to end, aligns each of them.
 
     A parameter whose size is no multiple of `ALIGNMENT` stands alone. Otherwise those behind it lie
-    askew, and a block compiled for one layer's parameters fails on another's ("misaligned address").
+    askew, and a block compiled for one layer's fails on another's ("misaligned address").
     """
     even = [p for p in members if p.numel() % ALIGNMENT == 0]
     odd = [p for p in members if p.numel() % ALIGNMENT]
