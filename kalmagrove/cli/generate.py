@@ -20,12 +20,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _generate(wanted: Generate) -> int:
-    from kalmagrove.evaluate.generate import generate
+    from kalmagrove.evaluate.generate import write
     from kalmagrove.evaluate.load import load_trained
 
     model, tokenizer = load_trained(Path(wanted.run), wanted.device)
     settings = wanted.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed"})
-    texts = generate(model, tokenizer, wanted.prompts, **settings)
-    pairs = zip(wanted.prompts, texts, strict=True)
-    print(f"\n{'-' * 40}\n".join(prompt + text for prompt, text in pairs))
+    print(write(model, tokenizer, wanted.prompts, **settings))
     return 0

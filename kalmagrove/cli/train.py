@@ -203,16 +203,14 @@ def _meters(run: Run, folder: Path, groups: "Groups", prepared: "Prepared") -> "
 
 def _show_sample(run: Run, checkpoint: Path) -> None:
     """Write a few lines with the saved model, and keep them in the run's folder."""
-    from kalmagrove.evaluate.generate import generate
+    from kalmagrove.evaluate.generate import write
     from kalmagrove.evaluate.load import load_trained
 
     if not run.sample.max_new_tokens:
         return
     model, tokenizer = load_trained(checkpoint)
     settings = run.sample.model_dump(exclude={"prompts"})
-    texts = generate(model, tokenizer, run.sample.prompts, **settings)
-    pairs = zip(run.sample.prompts, texts, strict=True)
-    sample = f"\n{'-' * 40}\n".join(prompt + text for prompt, text in pairs)
+    sample = write(model, tokenizer, run.sample.prompts, **settings)
     folder = checkpoint.parent.parent
     (folder / "samples" / f"{checkpoint.name}.txt").write_text(sample + "\n", encoding="utf-8")
     print(

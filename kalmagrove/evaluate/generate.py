@@ -91,6 +91,13 @@ def generate(
     return [tokenizer.decode(text) for text in texts]
 
 
+def write(model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], **settings: Any) -> str:
+    """Prompts with their continuations, as one text to show; `settings` are `generate`'s."""
+    texts = generate(model, tokenizer, prompts, **settings)
+    pairs = zip(prompts, texts, strict=True)
+    return f"\n{'-' * 40}\n".join(prompt + text for prompt, text in pairs)
+
+
 def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> Tensor:
     """One token per row, int64 [B], from logits and one uniform number in [0, 1) per row.
 
