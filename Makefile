@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: setup train test test-unit test-dist test-e2e lint format wheel clean
+.PHONY: setup train test test-unit test-dist test-e2e test-matrix lint format wheel clean
 
 setup: $(READY)
 
@@ -34,6 +34,10 @@ test-unit: $(READY)
 
 test-dist: $(READY)
 	$(BIN)/python -m pytest tests/dist $(ARGS)
+
+# Every layout of tensor, expert and context parallelism at every ZeRO stage: about half an hour.
+test-matrix: $(READY)
+	KALMAGROVE_MATRIX=1 $(BIN)/python -m pytest tests/dist/test_matrix.py $(ARGS)
 
 test-e2e: $(READY)
 	$(BIN)/python -m pytest tests/e2e tests/golden $(ARGS)

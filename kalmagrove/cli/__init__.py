@@ -18,6 +18,10 @@ VERBS = {
     "generate": "write text with a trained model",
 }
 
+TOOLS = {  # verbs without a configuration
+    "checkpoint": "inspect, verify or convert a checkpoint",
+}
+
 USAGE = """kalmagrove: train language models made of Kolmogorov-Arnold blocks
 
 usage: kalmagrove VERB [key=value ...] [--help]
@@ -32,14 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
-        print(USAGE.format(verbs="\n".join(f"  {v:10}{text}" for v, text in VERBS.items())))
+        listed = "\n".join(f"  {v:12}{text}" for v, text in (VERBS | TOOLS).items())
+        print(USAGE.format(verbs=listed))
         return 0 if args else 2
     if args[0] in ("-V", "--version"):
         print(f"kalmagrove {__version__}")
         return 0
     verb, rest = args[0], args[1:]
-    if verb not in VERBS:
-        print(f"kalmagrove: {verb} is not a verb; use {', '.join(VERBS)}", file=sys.stderr)
+    if verb not in VERBS | TOOLS:
+        names = ", ".join(VERBS | TOOLS)
+        print(f"kalmagrove: {verb} is not a verb; use {names}", file=sys.stderr)
         return 2
     try:
         return int(importlib.import_module(f"kalmagrove.cli.{verb}").main(rest) or 0)

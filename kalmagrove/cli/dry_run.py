@@ -9,29 +9,28 @@ from kalmagrove.config.counts import parameter_table
 
 
 def describe(run: Run, world_size: int) -> None:
-    """Print the resolved run, parameters, tokens, FLOPs and estimated memory."""
+    """Print the resolved run, its layout, and what it takes: memory, communication, FLOPs."""
     from kalmagrove.cli.launch import visible_gpus
-    from kalmagrove.track import flops_per_token, memory_estimate
+    from kalmagrove.track import communication_estimate, flops_per_token, memory_estimate
 
     run, vocabulary = _with_vocabulary(run)
     precision = run.engine.precision
     if precision == "auto":
         precision = "bf16" if visible_gpus() else "fp32"
-    dp = world_size // run.parallel.tp
+    dp = run.data_parallel(world_size)
     print(to_yaml(run.model_dump(mode="json")))
     console = Console()
     console.print(_parameters(run))
-    memory = memory_estimate(run, dp, precision)
-    table = Table(title=f"Memory, {precision}", title_justify="left")
-    table.add_column("")
-    table.add_column("GB", justify="right")
-    for row in memory:
-        table.add_row(row.component, f"{row.bytes / 1e9:.3f}")
-    table.add_row("memory, all", f"{sum(row.bytes for row in memory) / 1e9:.3f}")
-    console.print(table)
+    memory = [(row.component, row.bytes) for row in memory_estimate(run, world_size, precision)]
+    console.print(_bytes(f"Memory of a rank, {precision}", memory, "memory, all"))
+    if world_size > 1:
+        rows = communication_estimate(run, world_size, precision)
+        sent = [(row.kind, row.bytes) for row in rows]
+        console.print(_bytes(f"Sent by a rank in a step, {precision}", sent, "sent, all"))
     flops = flops_per_token(run.model, run.data.seq_len).training
     tokens = run.steps * run.batch.tokens
     console.print(
+        f"layout         {_layout(run, world_size)}\n"
         f"tokens         {tokens:,} ({run.steps:,} steps of {run.batch.tokens:,}: "
         f"{dp} data-parallel ranks x {run.accumulation(dp)} micro-batches x "
         f"{run.batch.micro} rows of {run.data.seq_len})\n"
@@ -40,6 +39,24 @@ def describe(run: Run, world_size: int) -> None:
         f"run folder     {run.dir}/{run.run_name}",
         highlight=False,
     )
+
+
+def _layout(run: Run, world_size: int) -> str:
+    parallel = run.parallel
+    dense = f"tp {parallel.tp} x cp {parallel.cp} x dp {run.data_parallel(world_size)}"
+    routed = f"ep {parallel.ep} x expert_dp {world_size // parallel.ep}"
+    sequence = "; sequence" if parallel.sequence else ""
+    return f"{world_size} ranks: {dense}; {routed}{sequence}; ZeRO {run.zero.stage}"
+
+
+def _bytes(title: str, rows: list[tuple[str, int]], total: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("GB", justify="right")
+    for name, size in rows:
+        table.add_row(name, f"{size / 1e9:.3f}")
+    table.add_row(total, f"{sum(size for _, size in rows) / 1e9:.3f}")
+    return table
 
 
 def _with_vocabulary(run: Run) -> tuple[Run, str]:

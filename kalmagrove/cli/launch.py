@@ -56,7 +56,7 @@ def world_size(run: Run) -> int:
 
 
 def _processes_to_start(run: Run) -> int:
-    """`launch.nproc`; auto is as many GPUs as the batch divides over, else `cpu_nproc`."""
+    """`launch.nproc`; auto is as many GPUs as layout and batch divide over, else `cpu_nproc`."""
     wanted = run.launch.nproc
     if wanted == 1:
         return 1
@@ -74,14 +74,15 @@ def _processes_to_start(run: Run) -> int:
             run.check_world(count)
             if count < len(gpus):
                 print(
-                    f"kalmagrove: using {count} of {len(gpus)} GPUs, over which batch.tokens="
-                    f"{run.batch.tokens} divides; try more batch.tokens or a smaller batch.micro",
+                    f"kalmagrove: using {count} of {len(gpus)} GPUs, over which the layout and "
+                    f"batch.tokens={run.batch.tokens} divide; try more batch.tokens, a smaller "
+                    "batch.micro or another parallel.*",
                     file=sys.stderr,
                 )
             return count
         except ConfigError:
             continue
-    return len(gpus)  # one process would fit no better: let check_world explain
+    return len(gpus)  # fewer would fit no better: let check_world explain
 
 
 def visible_gpus() -> list[str]:

@@ -117,13 +117,16 @@ def done(folder: Path, run: Run) -> dict[str, Any] | None:
 def finished(folder: Path, run: Run) -> dict[str, Any] | None:
     """The summary, if `run` was trained here already; None if there is work to do.
 
+    How it was split over processes (`parallel`, `zero`) plays no part: checkpoints fit any layout.
+
     Raises:
         ConfigError: if what was trained here is not `run`, naming the settings that differ.
     """
     summary = None if run.checkpoint.resume == "never" else done(folder, run)
     if summary is None:
         return None
-    before, now = dict(_flat(read_yaml(str(folder / CONFIG)))), dict(_flat(run.result_settings))
+    settings = {k: v for k, v in run.result_settings.items() if k not in ("parallel", "zero")}
+    before, now = dict(_flat(read_yaml(str(folder / CONFIG)))), dict(_flat(settings))
     wrong = [
         f"{key} was {before[key]}, is {value}"
         for key, value in now.items()

@@ -1,7 +1,7 @@
-"""Parameters of a model, counted from its configuration alone.
+"""Parameters of a model, counted from its configuration alone, and those that a rank holds.
 
 The dry run and the cost model read it before anything is built; a test compares it with the
-modules.
+modules. `tp` is the number of tensor-parallel ranks that share a layer; 1: all of it.
 Letters: D model width, H heads, M edges, R rank, G groves, k edges kept, g groves chosen.
 """
 
@@ -23,6 +23,13 @@ class Count(NamedTuple):
     def __add__(self, other: object) -> "Count":
         assert isinstance(other, Count)
         return Count(self.total + other.total, self.active + other.active)
+
+
+class Held(NamedTuple):
+    """Parameters whose slices a rank holds, before ZeRO shards them over the ranks of the same."""
+
+    dense: int  # with dp x cp ranks
+    routed: int  # groves and experts: with processes / ep ranks
 
 
 class Row(NamedTuple):
@@ -59,27 +66,51 @@ def parameter_count(model: Model) -> Count:
     return Count(sum(row.total for row in rows), sum(row.active for row in rows))
 
 
-def attention_count(model: Model, layer: int) -> Count:
+def held_parameters(model: Model, tp: int, ep: int) -> Held:
+    """What one of tp tensor-parallel and ep expert-parallel ranks holds.
+
+    Where the heads of an ADA layer have different ranks, the mean over the tensor-parallel ranks.
+    """
+    assert model.vocab_size is not None, "the tokenizer decides the vocabulary"
+    tables = 1 if model.tie_embeddings else 2
+    whole = (2 * model.layers + 1) * model.d_model + tables * model.vocab_size // tp * model.d_model
+    routed = 0
+    for layer in range(model.layers):
+        parts = routed_count(model, layer)
+        whole += attention_count(model, layer, tp).total + ffn_count(model, layer, tp).total - parts
+        routed += parts
+    return Held(whole, routed // ep)
+
+
+def attention_count(model: Model, layer: int, tp: int = 1) -> Count:
     """The attention of one layer, its inner norms included."""
     kind, D = model.attention_kind(layer), model.d_model
     if kind == "ada":
-        count = _ada(model.attention.ada, D, sum(head_ranks(model, layer)))
+        count = _ada(model.attention.ada, D, sum(head_ranks(model, layer)), tp)
     elif kind == "softmax":
-        count = _softmax(model.attention.softmax, D)
+        count = _softmax(model.attention.softmax, D, tp)
     else:
-        count = _mla(model.attention.mla, D)
+        count = _mla(model.attention.mla, D, tp)
     return Count(count, count)
 
 
-def ffn_count(model: Model, layer: int) -> Count:
-    """The feed-forward of one layer."""
+def ffn_count(model: Model, layer: int, tp: int = 1) -> Count:
+    """The feed-forward of one layer, with all its groves or experts."""
     kind, D = model.ffn_kind(layer), model.d_model
     if kind == "dense":
-        count = 3 * D * model.ffn.dense.hidden
+        count = 3 * D * model.ffn.dense.hidden // tp
         return Count(count, count)
     if kind == "moe":
-        return _moe(model.ffn.moe, D)
-    return kan_count(model.ffn.kan, D) if kind == "kan" else _grove(model.ffn.grove, D)
+        return _moe(model.ffn.moe, D, tp)
+    return kan_count(model.ffn.kan, D, tp) if kind == "kan" else _grove(model.ffn.grove, D, tp)
+
+
+def routed_count(model: Model, layer: int) -> int:
+    """The groves or experts of one layer, without router and shared one."""
+    kind, ffn, D = model.ffn_kind(layer), model.ffn, model.d_model
+    if kind == "moe":
+        return ffn.moe.experts * 3 * D * ffn.moe.hidden
+    return ffn.grove.groves * kan_count(ffn.grove.kan, D).total if kind == "grove" else 0
 
 
 def head_ranks(model: Model, layer: int) -> tuple[int, ...]:
@@ -95,10 +126,10 @@ def ada_head_dim(model: Model) -> int:
     return model.attention.ada.head_dim or model.d_model // model.attention.ada.heads
 
 
-def kan_count(kan: KAN, D: int) -> Count:
-    """One tensorized KAN layer: W_e, edge functions, V and U."""
+def kan_count(kan: KAN, D: int, tp: int = 1) -> Count:
+    """One tensorized KAN layer: W_e, edge functions, and (split along the rank) V and U."""
     edges = kan.edges * (D + edge_size(kan.edge))
-    pair = 2 * kan.rank * D
+    pair = 2 * kan.rank * D // tp
     return Count(edges + kan.edges * pair, edges + kan.top_k * pair)
 
 
@@ -119,40 +150,42 @@ def basis_size(edge: Edge) -> int:
     return sizes.get(edge.basis, edge.degree + 1)
 
 
-def _ada(ada: ADA, D: int, channels: int) -> int:
+def _ada(ada: ADA, D: int, all_channels: int, tp: int) -> int:
     width = ada.head_dim or D // ada.heads
-    values = ada.heads * width
+    heads, channels = ada.heads // tp, all_channels // tp
+    values = heads * width
     count = 2 * D * channels + (2 + ada.output_gate) * D * values
     if ada.kernel == "cnn":
         count += channels * ada.taps
-    elif ada.kernel == "ode":
-        count += 2 * channels * (1 + ada.ode_hidden) + 2 * ada.ode_hidden
-    return count + width * ada.output_norm + ada.heads * (ada.decay == "learned")
+    elif ada.kernel == "ode":  # couples all channels
+        count += 2 * all_channels * (1 + ada.ode_hidden) + 2 * ada.ode_hidden
+    return count + width * ada.output_norm + heads * (ada.decay == "learned")
 
 
-def _softmax(soft: Softmax, D: int) -> int:
+def _softmax(soft: Softmax, D: int, tp: int) -> int:
     width = soft.head_dim or D // soft.heads
-    return 2 * D * width * (soft.heads + soft.kv_heads) + 2 * width * soft.qk_norm
+    return 2 * D * width * (soft.heads + soft.kv_heads) // tp + 2 * width * soft.qk_norm
 
 
-def _mla(mla: MLA, D: int) -> int:
-    queries = mla.heads * (mla.nope_dim + mla.rope_dim)
+def _mla(mla: MLA, D: int, tp: int) -> int:
+    heads = mla.heads // tp
+    queries = heads * (mla.nope_dim + mla.rope_dim)
     count = D * queries if mla.q_rank is None else mla.q_rank * (D + queries + 1)
     count += D * (mla.kv_rank + mla.rope_dim) + mla.kv_rank
-    count += mla.kv_rank * mla.heads * (mla.nope_dim + mla.v_dim)
-    return count + mla.heads * mla.v_dim * D
+    count += mla.kv_rank * heads * (mla.nope_dim + mla.v_dim)
+    return count + heads * mla.v_dim * D
 
 
-def _moe(moe: MoE, D: int) -> Count:
-    always = moe.experts * D + 3 * D * moe.shared_hidden
+def _moe(moe: MoE, D: int, tp: int) -> Count:
+    always = moe.experts * D + 3 * D * moe.shared_hidden // tp
     expert = 3 * D * moe.hidden
     return Count(always + moe.experts * expert, always + moe.top_k * expert)
 
 
-def _grove(grove: Grove, D: int) -> Count:
+def _grove(grove: Grove, D: int, tp: int) -> Count:
     router = grove.groves * (grove.edge_manifold * D + D + 1)
-    one = kan_count(grove.kan, D)
+    one, shared = kan_count(grove.kan, D), kan_count(grove.kan, D, tp)
     return Count(
-        router + (grove.groves + grove.shared) * one.total,
-        router + (grove.top_g + grove.shared) * one.active,
+        router + grove.groves * one.total + grove.shared * shared.total,
+        router + grove.top_g * one.active + grove.shared * shared.active,
     )

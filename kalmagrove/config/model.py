@@ -126,6 +126,8 @@ class Grove(Section):
     shared: bool = True  # one more grove that every token passes
     bias_rate: float = Field(1e-3, ge=0)  # step of the load-balancing selection bias; 0: off
     z_loss: float = Field(1e-3, ge=0)
+    capacity: PositiveFloat | None = None
+    # ^ a grove takes at most this times its even share of a rank's choices; null: none is dropped
     kan: KAN
 
 
@@ -145,6 +147,7 @@ class MoE(Section):
     scale: PositiveFloat = 1.0  # of the routed output
     bias_rate: float = Field(1e-3, ge=0)
     z_loss: float = Field(0.0, ge=0)
+    capacity: PositiveFloat | None = None  # see Grove
 
 
 class FFN(Section):

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from kalmagrove.config.base import Section
 from kalmagrove.config.data import Data
 from kalmagrove.config.errors import ConfigError
+from kalmagrove.config.layout import check_layout, check_processes
 from kalmagrove.config.model import Model
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -30,10 +31,15 @@ class Batch(Section):
 
 
 class Parallel(Section):
-    """Sizes of the tensor- and expert-parallel groups; data parallelism takes the other ranks."""
+    """Over how many ranks a layer, its groves and a row are split; data parallelism takes the rest.
 
-    tp: PositiveInt = 1
-    ep: PositiveInt = 1
+    processes = tp x cp x dp; ep is laid over all of them.
+    """
+
+    tp: PositiveInt = 1  # tensor parallel: heads, hidden widths, the vocabulary
+    cp: PositiveInt = 1  # context parallel: the rows, along the sequence
+    ep: PositiveInt = 1  # expert parallel: groves and experts
+    sequence: bool = False  # also split norms and residuals over the tp ranks, along the sequence
 
 
 class Zero(Section):
@@ -169,14 +175,6 @@ class Run(Section):
                     "cannot name a folder of runs ('latest' is a link to the newest)",
                     f"use another name; `dir` says where runs are, now {self.dir}",
                 )
-        for key in ("tp", "ep"):
-            if getattr(self.parallel, key) != 1:
-                raise ConfigError(
-                    f"parallel.{key}",
-                    getattr(self.parallel, key),
-                    "is not implemented yet",
-                    f"use parallel.{key}=1",
-                )
         rows = self.batch.tokens / self.data.seq_len
         if rows != int(rows) or rows % self.batch.micro:
             unit = self.data.seq_len * self.batch.micro
@@ -208,21 +206,18 @@ class Run(Section):
                 "shards the matrices that optim.kind=muon must see whole",
                 "use zero.stage=2",
             )
+        check_layout(self)
         return self
 
     def check_world(self, world_size: int) -> Self:
         """Check what depends on the number of processes.
 
         Raises:
-            ConfigError: if the step's tokens do not split over the data-parallel ranks.
+            ConfigError: if the layout does not go over them, or the step's tokens do not split over
+                the data-parallel ranks.
         """
-        if world_size % (self.parallel.tp * self.parallel.ep):
-            raise ConfigError(
-                "parallel.tp x parallel.ep",
-                self.parallel.tp * self.parallel.ep,
-                f"must divide the number of processes={world_size}",
-            )
-        dp = world_size // self.parallel.tp
+        check_processes(self, world_size)
+        dp = self.data_parallel(world_size)
         unit = self.data.seq_len * self.batch.micro * dp
         if self.batch.tokens % unit:
             raise ConfigError(
@@ -233,6 +228,10 @@ class Run(Section):
                 _nearest_multiples(self.batch.tokens, unit),
             )
         return self
+
+    def data_parallel(self, world_size: int) -> int:
+        """Ranks that read different rows."""
+        return world_size // (self.parallel.tp * self.parallel.cp)
 
     def accumulation(self, dp: int) -> int:
         """Micro-batches a rank accumulates in one step."""

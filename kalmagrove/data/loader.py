@@ -83,7 +83,7 @@ class Batches:
 
     def __init__(self, prepared: Prepared, run: config.Run, dp_rank: int, dp_size: int) -> None:
         if run.rows_per_step % (run.batch.micro * dp_size):
-            run.check_world(dp_size * run.parallel.tp)
+            run.check_world(dp_size * run.parallel.tp * run.parallel.cp)
         T = run.data.seq_len
         self._rows = Rows(prepared.train, T, prepared.tokenizer.eot, run.data.document_aware)
         check_seq_len(prepared, T)

@@ -1,47 +1,54 @@
 """Saving and resuming: atomic, verified, rotated checkpoints under `RUN/checkpoints/step-000100/`.
 
-Called by `fit` (save) and by the commands (`resume`, `load_weights`). The folder holds DeepSpeed's
-files, `rank-R.pt` (random states and buffers of a rank), `model.safetensors` (whole weights, for
-anything that is not training) and `state.json` (position, configuration, layout, checksums),
-written last. It must be on a file system that all ranks see.
+Called by `fit` (save) and by the commands (`resume`, `load_weights`). A checkpoint can be loaded by
+any number of ranks in any layout, ZeRO stage and precision. Its folder must be on a file system
+that all ranks see, and holds
+
+- `shard-R.safetensors`: what rank R alone saves of the fp32 weights and the optimizer's states,
+  flat, and its random states;
+- `index.json`: which part of which tensor is where;
+- `model.safetensors`: whole weights, for anything that is not training;
+- `state.json`: position, configuration, layout, checksums; written last.
 """
 
 import logging
-import random
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
 from kalmagrove.config import CheckpointError, NonFiniteError, Run
 from kalmagrove.engine.checkpoint_files import (
     FORMAT,
+    INDEX_FILE,
     STATE_FILE,
     WEIGHTS_FILE,
-    checksum,
     differences,
     faults,
     find_checkpoints,
-    parameter_digest,
+    part_faults,
+    read_index,
     read_state,
     remove_unfinished,
     rotate,
     set_aside,
+    shard_file,
     step_folder,
     sync,
     write_json,
 )
-from kalmagrove.engine.compat import gathered, load_trusted
 from kalmagrove.engine.engine import Engine
-from kalmagrove.parallel import any_rank, barrier, broadcast_object
+from kalmagrove.engine.fragments import collect, misfits, parameter_digest, refresh, restore
+from kalmagrove.engine.rank_state import load_rank_state, rank_state
+from kalmagrove.engine.tensor_files import FileWriter, Stored, TensorReader
+from kalmagrove.engine.tensor_index import Index, coverage_faults, merge, to_json
+from kalmagrove.engine.weights import whole_weights
+from kalmagrove.parallel import all_gather_object, any_rank, barrier, broadcast_object
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +96,7 @@ def save(engine: Engine, batches: Stateful, meters: Stateful, state: State) -> t
     partial = final.with_name(final.name + ".tmp")
     error = _write(engine, batches, meters, state, partial)
     if any_rank(error is not None, engine.groups.world, engine.groups.device):
-        reasons = _gather(engine, str(error) if error else None)
+        reasons = all_gather_object(str(error) if error else None, engine.groups.world)
         if engine.groups.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         barrier(engine.groups.world)
@@ -114,24 +121,21 @@ def _write(
     engine: Engine, batches: Stateful, meters: Stateful, state: State, folder: Path
 ) -> Exception | None:
     """Write this rank's files into `folder`. All ranks pass every collective, whatever fails."""
-    files = engine.deepspeed.checkpoint_engine
-    files.begin()
-    if engine.groups.is_main:
-        files.makedirs(str(folder.parent), exist_ok=True)
+    world, main = engine.groups.world, engine.groups.is_main
+    files = FileWriter(folder)
+    if main:
+        files.attempt(lambda: folder.parent.mkdir(parents=True, exist_ok=True))
         shutil.rmtree(folder, ignore_errors=True)
-        files.makedirs(str(folder))
-    barrier(engine.groups.world)
-    engine.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-    files.save(_rank_state(engine), str(_rank_file(folder, engine)))
-    weights = _whole_weights(engine)
-    if engine.groups.is_main and files.error is None:
-        try:
-            save_file(weights, folder / WEIGHTS_FILE)
-            files.written[WEIGHTS_FILE] = checksum(folder / WEIGHTS_FILE)
-            sync(folder / WEIGHTS_FILE)
-        except (OSError, SafetensorError) as error:
-            files.error = error
-    written = _gather(engine, files.written)
+        files.attempt(folder.mkdir)
+    barrier(world)
+    file = shard_file(world.rank)
+    tensors, index = collect(engine, file)
+    own, metadata = rank_state(engine)
+    files.tensors(file, tensors | own, metadata)
+    weights = whole_weights(engine)
+    if main:
+        files.tensors(WEIGHTS_FILE, {name: Stored.of(tensor) for name, tensor in weights.items()})
+    reports = all_gather_object((files.written, index), world)
     tree = {
         **_describe(engine),
         "step": state.step,
@@ -140,90 +144,41 @@ def _write(
         "nonfinite_in_row": engine.nonfinite_in_row,
         "batches": batches.state_dict(),
         "meters": meters.state_dict(),
-        "files": {name: entry for part in written for name, entry in part.items()},
     }
-    if engine.groups.is_main and files.error is None:
-        try:
-            write_json(folder / STATE_FILE, tree)
-            sync(folder)
-        except OSError as error:
-            files.error = error
-    failure: Exception | None = files.error
-    return failure
+    if main:
+        files.attempt(lambda: _write_index(files, [index for _, index in reports]))
+        entries = {**files.written, **{k: v for part, _ in reports for k, v in part.items()}}
+        files.attempt(lambda: write_json(folder / STATE_FILE, {**tree, "files": entries}))
+        files.attempt(lambda: sync(folder))
+    return files.error
 
 
-def _gather(engine: Engine, value: Any) -> list[Any]:
-    """`value` of every rank, on every rank."""
-    world = engine.groups.world
-    if world.size == 1:
-        return [value]
-    box: list[Any] = [None] * world.size
-    dist.all_gather_object(box, value, group=world.handle)
-    return box
+def _write_index(files: FileWriter, indices: list[Index]) -> None:
+    """What all ranks have written, if it is everything: else it could not be loaded again."""
+    index = merge(indices)
+    wrong = coverage_faults(index)
+    if wrong:
+        raise CheckpointError(f"its parts do not make up the model: {'; '.join(wrong[:5])}")
+    files.json(INDEX_FILE, to_json(index))
 
 
 def _describe(engine: Engine) -> dict[str, Any]:
-    """What a checkpoint must share with the run that loads it."""
+    """What made a checkpoint: the layout is free to change, the rest must be that of the run."""
     groups = engine.groups
     return {
         "format": FORMAT,
         "run": engine.run.model_dump(mode="json"),
         "layout": {
-            "world_size": groups.world.size,
-            "dp_size": groups.dp.size,
-            "parallel.tp": groups.tp.size,
-            "parallel.ep": groups.ep.size,
+            "world": groups.world.size,
+            "tp": groups.tp.size,
+            "ep": groups.ep.size,
+            "cp": groups.cp.size,
+            "dp": groups.dp.size,
             "zero.stage": engine.run.zero.stage,
             "precision": str(engine.dtype).removeprefix("torch."),
         },
         "parameters": parameter_digest(engine.module),
     }
-
-
-def _rank_file(folder: Path, engine: Engine) -> Path:
-    return folder / f"rank-{engine.groups.world.rank}.pt"
-
-
-def _rank_state(engine: Engine) -> dict[str, Any]:
-    """Random states, and the buffers: after a skipped step router loads differ over ranks."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, np.asarray(keys).tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if engine.groups.device.type == "cuda" else None,
-        "buffers": {name: b.detach().cpu() for name, b in _persistent_buffers(engine.module)},
-    }
-
-
-def _load_rank_state(engine: Engine, saved: dict[str, Any]) -> None:
-    random.setstate(saved["python"])
-    np.random.set_state(saved["numpy"])
-    torch.set_rng_state(saved["torch"])
-    if saved["cuda"] is not None:
-        torch.cuda.set_rng_state(saved["cuda"])
-    with torch.no_grad():
-        for name, buffer in _persistent_buffers(engine.module):
-            buffer.copy_(saved["buffers"][name])
-
-
-def _persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    kept = set(module.state_dict(keep_vars=True))
-    return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]
-
-
-def _whole_weights(engine: Engine) -> dict[str, Tensor]:
-    """Parameters and buffers on the CPU of rank 0, gathered one by one. Collective under ZeRO 3."""
-    whole: dict[str, Tensor] = {}
-    keep = engine.groups.is_main
-    for name, parameter in engine.module.named_parameters():
-        with gathered(parameter) as tensor:
-            if keep:
-                whole[name] = tensor.detach().to("cpu", copy=True).contiguous()
-    if keep:
-        for name, buffer in _persistent_buffers(engine.module):
-            whole[name] = buffer.detach().to("cpu", copy=True).contiguous()
-    return whole
 
 
 def resume(engine: Engine, batches: Stateful, meters: Stateful, run: Run, run_dir: Path) -> State:
@@ -236,8 +191,8 @@ def resume(engine: Engine, batches: Stateful, meters: Stateful, run: Run, run_di
 
     Raises:
         CheckpointError: nothing whole was found where something should be; the folder named lies
-            in `run_dir`; or the checkpoint is of another model, tokenizer or layout, whose
-            differing keys are named.
+            in `run_dir`; the checkpoint is of another model or tokenizer, whose differing keys
+            are named; or its parts are not exactly those of the model.
     """
     state = State(folder=run_dir / "checkpoints")
     if engine.groups.is_main:
@@ -284,7 +239,7 @@ def _candidates(engine: Engine, place: Path) -> list[Path]:
 def _faults(engine: Engine, folder: Path) -> list[str]:
     """What is wrong with the files of a checkpoint; each rank reads its share of them."""
     world = engine.groups.world
-    found = _gather(engine, faults(folder, world.rank, world.size))
+    found = all_gather_object(faults(folder, world.rank, world.size), world)
     return [fault for part in found for fault in part]
 
 
@@ -304,9 +259,13 @@ def _load(engine: Engine, batches: Stateful, meters: Stateful, state: State, fol
             f"checkpoint {folder} does not fit this run: {'; '.join(differing)}; use "
             "checkpoint.resume=never, another name, or the settings it was made with"
         )
-    engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
-    engine.restore_hyperparameters()
-    _load_rank_state(engine, load_trusted(_rank_file(folder, engine)))
+    if saved["layout"] != here["layout"] and engine.groups.is_main:
+        old, new = (
+            " ".join(f"{key}={value}" for key, value in tree["layout"].items())
+            for tree in (saved, here)
+        )
+        log.info("checkpoint of %s is reshaped to %s", old, new)
+    _load_tensors(engine, folder, saved, same=saved["layout"] == here["layout"])
     engine.nonfinite_total = saved["nonfinite_total"]
     engine.nonfinite_in_row = saved["nonfinite_in_row"]
     batches.load_state_dict(saved["batches"])
@@ -316,6 +275,50 @@ def _load(engine: Engine, batches: Stateful, meters: Stateful, state: State, fol
     state.saved = state.step if own else None
     _set_aside(engine, state, state.step if own else 0)
     return state
+
+
+def _load_tensors(engine: Engine, folder: Path, saved: dict[str, Any], same: bool) -> None:
+    """Everything that is not in `state.json`. Nothing is changed before all of it is checked."""
+    reader, world = TensorReader(folder), engine.groups.world
+    index: Index = {}
+    anew: list[str] = []
+
+    def check() -> list[str]:
+        index.update(read_index(folder))
+        found = coverage_faults(index) or misfits(engine, index)
+        return found or part_faults(index, reader, world.rank, world.size)
+
+    def load() -> list[str]:
+        anew.extend(restore(engine, index, reader))
+        files = [shard_file(rank) for rank in range(saved["layout"]["world"])]
+        load_rank_state(engine, reader, files, same)
+        return []
+
+    _agree(engine, folder, check)
+    _agree(engine, folder, load)
+    refresh(engine)
+    if anew and engine.groups.is_main:
+        log.warning(
+            "checkpoint %s holds no optimizer state of %d tensors; theirs begins anew",
+            folder,
+            len(anew),
+        )
+
+
+def _agree(engine: Engine, folder: Path, look: Callable[[], list[str]]) -> None:
+    """Raise on all ranks if `look` found something wrong on one, or failed there."""
+    try:
+        found = look()
+    except (OSError, CheckpointError) as error:
+        found = [str(error)]
+    reports = all_gather_object(found, engine.groups.world)
+    wrong = list(dict.fromkeys(fault for part in reports for fault in part))
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be loaded: {'; '.join(wrong[:5])}{more}; use another "
+            "one, or checkpoint.resume=never to begin anew"
+        )
 
 
 def load_weights(path: Path, model: nn.Module) -> dict[str, Any]:

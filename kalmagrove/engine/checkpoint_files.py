@@ -3,7 +3,6 @@
 Used by `checkpoint`, which adds what needs an engine and all ranks.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -13,17 +12,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from kalmagrove.config import CheckpointError
+from kalmagrove.engine.tensor_files import TensorReader
+from kalmagrove.engine.tensor_index import Index, from_json, key_of
 
-FORMAT = 1
+FORMAT = 2
 STATE_FILE = "state.json"
+INDEX_FILE = "index.json"
 WEIGHTS_FILE = "model.safetensors"
 UNFINISHED = (".tmp", ".old")
 # settings under `model` that change neither weights nor results
 FREE_MODEL_KEYS = ("model.name", "model.backend", "model.init")
 POSITION_KEYS = ("samples",)  # of the batches' state: where they are, not what they are
+
+
+class FormatError(CheckpointError):
+    """A checkpoint that another version of the code can read."""
+
+
+def shard_file(rank: int) -> str:
+    return f"shard-{rank:05d}.safetensors"
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -96,7 +104,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The `state.json` of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of another format.
+        CheckpointError: it is missing or damaged.
+        FormatError: it is of another format.
     """
     path = folder / STATE_FILE
     try:
@@ -105,7 +114,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if version != FORMAT:
-        raise CheckpointError(f"{path} has format {version}; this version reads format {FORMAT}")
+        raise FormatError(
+            f"{path} has format {version}; this version of kalmagrove reads format {FORMAT}; "
+            "continue it with the version that made it, or use checkpoint.resume=never"
+        )
     return tree
 
 
@@ -124,9 +136,14 @@ def faults(folder: Path, rank: int = 0, ranks: int = 1, *, only: str | None = No
     Args:
         rank, ranks: of several processes, each reads its share of the files.
         only: look at this file alone.
+
+    Raises:
+        FormatError: another version of the code made it.
     """
     try:
         files = read_state(folder)["files"]
+    except FormatError:
+        raise
     except (CheckpointError, KeyError) as error:
         return [str(error)] if rank == 0 else []
     names = [only] if only else sorted(files)[rank::ranks]
@@ -144,21 +161,52 @@ def faults(folder: Path, rank: int = 0, ranks: int = 1, *, only: str | None = No
     return found
 
 
-def parameter_digest(model: nn.Module) -> str:
-    """A hash over the names and shapes of all parameters (whole shapes, also under ZeRO 3)."""
-    lines = [
-        f"{name} {tuple(getattr(p, 'ds_shape', p.shape))}" for name, p in model.named_parameters()
-    ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def read_index(folder: Path) -> Index:
+    """The index of a checkpoint's tensors.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = folder / INDEX_FILE
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return from_json(tree)
+
+
+def part_faults(index: Index, reader: TensorReader, rank: int = 0, ranks: int = 1) -> list[str]:
+    """What the files do not hold as the index says, one line each.
+
+    Args:
+        rank, ranks: of several processes, each looks at its share of the files.
+    """
+    found = []
+    mine = set(sorted({part.file for entry in index.values() for part in entry.parts})[rank::ranks])
+    for name, entry in index.items():
+        for part in entry.parts:
+            if part.file not in mine:
+                continue
+            for kind in entry.kinds:
+                try:
+                    actual = reader.shape(part.file, key_of(name, kind))
+                except CheckpointError as error:
+                    found.append(str(error))
+                    continue
+                if actual != (part.numel,):
+                    where = f"{part.file}: {key_of(name, kind)}"
+                    found.append(f"{where} has shape {actual} instead of {(part.numel,)}")
+    return found
 
 
 def differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """Why a checkpoint cannot continue a run: "model.d_model: checkpoint 256, run 128", ...
 
     A setting that only one of the two knows is of another version of the code, and not compared.
+    Nor is the layout: any can be loaded into any.
 
     Args:
-        saved, here: trees with run, layout, parameters and batches, as in `state.json`.
+        saved, here: trees with run, parameters and batches, as in `state.json`.
     """
     old, new = _identity(saved), _identity(here)
     lines = [
@@ -179,7 +227,6 @@ def _identity(tree: dict[str, Any]) -> dict[str, Any]:
         "data": {"tokenizer": run["data"]["tokenizer"]},
         "optim": {"kind": run["optim"]["kind"], "decay_splines": run["optim"]["decay_splines"]},
         "batches": {k: v for k, v in tree["batches"].items() if k not in POSITION_KEYS},
-        **tree["layout"],
     }
     flat = dict(_flatten(chosen))
     return {key: value for key, value in flat.items() if not key.startswith(FREE_MODEL_KEYS)}

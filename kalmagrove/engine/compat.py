@@ -6,17 +6,14 @@ Used by `connect`, `build_engine` and the checkpoint code. Pinned to deepspeed>=
 
 import contextlib
 import logging
-import os
-import zlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kalmagrove.engine.muon import Muon, Shard
-from kalmagrove.parallel import Group, Groups
+from kalmagrove.parallel import Groups, is_expert, shard_of
 
 
 def skip_shm_build() -> None:
@@ -43,7 +40,7 @@ class Mpu:
     """`Groups` under the names DeepSpeed asks its `mpu` for."""
 
     def __init__(self, groups: Groups) -> None:
-        self._tp, self._dp = groups.tp, groups.dp
+        self._tp, self._dp = groups.tp, groups.dp_cp  # its "data parallel": equal dense weights
         self.get_tensor_model_parallel_group = self.get_model_parallel_group
         self.get_tensor_model_parallel_rank = self.get_model_parallel_rank
         self.get_tensor_model_parallel_world_size = self.get_model_parallel_world_size
@@ -85,10 +82,13 @@ class Mpu:
 def initialize(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], groups: Groups
 ) -> Any:
-    """`deepspeed.initialize` on existing groups, with `CheckpointFiles` as reader and writer."""
+    """`deepspeed.initialize` on existing groups.
+
+    The parameters must have been tagged by `tag_parallel` before `optimizer` was made.
+    """
     import deepspeed
 
-    with quiet():
+    with quiet(), _experts_seen(model, groups):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -96,23 +96,90 @@ def initialize(
             mpu=Mpu(groups),
             dist_init_required=False,
         )
-    engine.checkpoint_engine = CheckpointFiles()
-    engine._copy_recovery_script = lambda folder: None  # copies two scripts into every checkpoint
     if isinstance(optimizer, Muon):
-        shard_muon(engine, optimizer, groups.dp)
+        shard_muon(engine, optimizer, groups)
     return engine
 
 
-def shard_muon(engine: Any, muon: Muon, dp: Group) -> None:
+def expert_group_name(groups: Groups) -> str:
+    """Under which DeepSpeed knows the groups of the experts; it reads the size off the name."""
+    return f"ep_size_{groups.ep.size}"
+
+
+def tag_parallel(model: nn.Module, groups: Groups) -> None:
+    """Tell DeepSpeed which parameters are pieces: of a layer (tp), or of its groves (ep).
+
+    It averages what is not tagged over the data-parallel ranks and counts it once in the norm. For
+    untagged groves that is silently wrong.
+    """
+    for parameter in model.parameters():
+        tags: dict[str, Any] = {}
+        if is_expert(parameter) and groups.experts_differ:
+            name = expert_group_name(groups)
+            tags = {
+                "tensor_model_parallel": True,  # the norm adds up over tp ranks
+                "allreduce": False,
+                "group_name": name,
+                "ds_zero_placement_family": "autoep_expert",
+                "ds_zero_partition_group_name": name,
+            }
+        elif shard_of(parameter) is not None and not is_expert(parameter):
+            tags = {"tensor_model_parallel": True}
+        for key, value in tags.items():
+            setattr(parameter, key, value)
+
+
+@contextlib.contextmanager
+def _experts_seen(model: nn.Module, groups: Groups) -> Iterator[None]:
+    """Make DeepSpeed's initialisation see that `model` has experts, and where they are.
+
+    It recognises them by the classes of its own layers: a placeholder of the one that all ZeRO
+    stages accept stands in the model meanwhile.
+    """
+    if not any(_apart(p) for p in model.parameters()):
+        yield
+        return
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from deepspeed.utils import groups as registry
+
+    class Placeholder(AutoEPMoELayer):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = groups.ep.size
+
+        def set_deepspeed_parallelism(self, *arguments: Any, **options: Any) -> None:
+            """The groups exist already."""
+
+    for known, group in (
+        (registry._EXPERT_PARALLEL_GROUP, groups.ep),
+        (registry._EXPERT_DATA_PARALLEL_GROUP, groups.expert_dp),
+    ):
+        known.clear()
+        known[expert_group_name(groups)] = group.handle
+    for known, group in (
+        (registry._EXPERT_PARALLEL_GROUP_RANKS, groups.ep),
+        (registry._EXPERT_DATA_PARALLEL_GROUP_RANKS, groups.expert_dp),
+    ):
+        known.clear()
+        known[expert_group_name(groups)] = list(group.ranks)
+    model.add_module("_experts_seen", Placeholder())
+    try:
+        yield
+    finally:
+        del model._experts_seen
+
+
+def shard_muon(engine: Any, muon: Muon, groups: Groups) -> None:
     """Tell `muon` how ZeRO 1 or 2 laid its parameters out (without ZeRO they stay whole)."""
     zero = engine.optimizer
     if zero is muon:
         return
-    whole = zero.bf16_groups if hasattr(zero, "bf16_groups") else zero.bit16_groups
-    for group, parameters in zip(muon.param_groups, whole, strict=True):
+    laid = zero.bf16_groups if hasattr(zero, "bf16_groups") else zero.bit16_groups
+    for group, parameters in zip(muon.param_groups, laid, strict=True):
         if group["muon"]:
             shapes = tuple(tuple(p.shape) for p in parameters)
-            muon.shard(group["name"], Shard(shapes, group["params"][0].numel(), dp))
+            over = groups.expert_dp if group.get("moe") else groups.dp_cp
+            muon.shard(group["label"], Shard(shapes, group["params"][0].numel(), over))
 
 
 def local_weights(engine: Any) -> list[Tensor]:
@@ -135,6 +202,11 @@ def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
         yield parameter
 
 
+def _apart(parameter: Tensor) -> bool:
+    """Whether DeepSpeed reduces a parameter over `groups.expert_dp`."""
+    return not getattr(parameter, "allreduce", True)
+
+
 def master_weight(parameter: nn.Parameter) -> Tensor:
     """A copy of the whole parameter as the optimizer holds it, fp32. Collective under ZeRO."""
     if not (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):
@@ -145,123 +217,24 @@ def master_weight(parameter: nn.Parameter) -> Tensor:
 
 
 @torch.no_grad()
-def set_weight(parameter: nn.Parameter, value: Tensor, dp: Group) -> None:
-    """Make `value` (whole, fp32, the same on all ranks) the parameter and what the optimizer holds.
+def set_weight(parameter: nn.Parameter, value: Tensor, groups: Groups) -> None:
+    """Make `value` (fp32, this rank's piece) the parameter and what the optimizer holds.
 
     Without the second the next step would put the old weight back. Collective under ZeRO.
     """
     if hasattr(parameter, "ds_id"):
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        zero = groups.expert_dp if _apart(parameter) else groups.dp_cp
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=zero.ranks[0]):
             parameter.copy_(value)
         part = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         # DeepSpeed's own setter of whole values cannot split what does not divide over the ranks.
-        padded = nn.functional.pad(value.flatten(), (0, part * dp.size - value.numel()))
-        deepspeed.utils.safe_set_local_fp32_param(parameter, padded[part * dp.rank :][:part])
+        padded = nn.functional.pad(value.flatten(), (0, part * zero.size - value.numel()))
+        deepspeed.utils.safe_set_local_fp32_param(parameter, padded[part * zero.rank :][:part])
         return
     parameter.copy_(value)
     if hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(parameter, value)
-
-
-class CheckpointFiles:
-    """DeepSpeed's checkpoint engine: writes with checksums, never raises in the middle of a save.
-
-    An exception on one rank would leave the others in a collective. The first error is kept in
-    `error` for `save_checkpoint`'s caller, who shares it with all ranks.
-    """
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-        self.written: dict[str, tuple[int, int]] = {}  # file name: bytes, CRC-32
-
-    def begin(self) -> None:
-        self.error, self.written = None, {}
-
-    def save(self, state_dict: Any, path: str) -> None:
-        if self.error is not None:
-            return
-        try:
-            with ChecksumFile(Path(path)) as file:
-                try:
-                    torch.save(state_dict, cast(IO[bytes], file))
-                except RuntimeError as error:  # torch hides why the file took no more
-                    raise file.error or error from None
-            self.written[Path(path).name] = file.size, file.checksum
-        except (OSError, RuntimeError) as error:
-            self.error = error
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        return load_trusted(Path(path), map_location)
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        try:
-            os.makedirs(path, exist_ok=exist_ok)
-        except OSError as error:
-            self.error = self.error or error
-
-    def create(self, info: Any) -> None:
-        """Nothing to prepare."""
-
-    def commit(self, info: Any) -> bool:
-        return True
-
-    def is_data_parallel_writer(self, dp_rank: int) -> bool:
-        return dp_rank == 0
-
-    def is_decoupled(self) -> bool:
-        return False
-
-    def set_commit_info(self, info: Any) -> None:
-        """Only for decoupled writers."""
-
-    def get_commit_info(self) -> None:
-        return None
-
-    def cleanup(self) -> None:
-        """Nothing is left open."""
-
-
-class ChecksumFile:
-    """A file for writing that counts and sums what passes, and is on the disk when closed."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self.size = 0
-        self.checksum = 0
-        self.error: OSError | None = None  # of a write
-
-    def __enter__(self) -> "ChecksumFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        try:
-            self._file.write(view)
-        except OSError as error:
-            self.error = error
-            raise
-        self.size += len(view)
-        self.checksum = zlib.crc32(view, self.checksum)
-        return len(view)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def load_trusted(path: Path, map_location: Any = None) -> Any:
-    """`torch.load` restricted to tensors, plain containers and the few classes DeepSpeed stores."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-        return torch.load(path, map_location=map_location, weights_only=True)

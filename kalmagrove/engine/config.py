@@ -32,8 +32,8 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """Settings for `deepspeed.initialize`.
 
-    Gradients are accumulated and reduced in fp32 whatever the parameters' dtype. Without ZeRO the
-    engine clips by itself, because DeepSpeed does not report the norm there.
+    Gradients are accumulated in fp32 whatever the parameters' dtype, in which DeepSpeed reduces
+    them. Without ZeRO the engine clips by itself, because DeepSpeed does not report the norm there.
 
     Args:
         parameters: number of the model's elements; no communication bucket is larger.

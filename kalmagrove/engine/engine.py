@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from kalmagrove.config import ConfigError, Run
-from kalmagrove.engine.compat import initialize, local_weights
+from kalmagrove.engine.compat import initialize, local_weights, tag_parallel
 from kalmagrove.engine.config import deepspeed_config, resolve_precision
 from kalmagrove.engine.optim import build_optimizer
 from kalmagrove.engine.schedule import lr_factor
-from kalmagrove.parallel import Groups, all_reduce_sum, any_rank
+from kalmagrove.parallel import Groups, all_reduce_sum, any_rank, is_expert, shard_of
 
 Batch = dict[str, Any]
 
@@ -35,6 +35,7 @@ def build_engine(model: nn.Module, run: Run, groups: Groups) -> "Engine":
         torch.set_float32_matmul_precision("high")
     model.to(groups.device)
     parameters = sum(p.numel() for p in model.parameters())
+    tag_parallel(model, groups)
     optimizer = build_optimizer(model, run.optim, groups.device)
     config = deepspeed_config(run, groups, dtype, parameters)
     return Engine(model, initialize(model, optimizer, config, groups), groups, run, dtype)
@@ -84,14 +85,15 @@ class Engine:
             step: finished steps before this one; decides the learning rate.
 
         Returns:
-            This rank's cross-entropy, mean over its micro-batches (the mean over ranks is the exact
-            mean over the step's target tokens), NaN where the whole loss was not finite; and the
-            global gradient norm before clipping. A norm that is not finite means that nothing was
-            updated, on any rank: then `skipped` is true.
+            This rank's cross-entropy, mean over its micro-batches (the mean over all ranks is the
+            exact mean over the step's target tokens), NaN where the whole loss was not finite; and
+            the global gradient norm before clipping. A norm that is not finite means that nothing
+            was updated, on any rank: then `skipped` is true.
         """
         assert len(batches) == self.accumulation, "one step takes `accumulation` micro-batches"
         self._set_lr(self._lr_factor(step))
         self.module.train()
+        self.module.traffic()  # type: ignore[operator]  # not that of evaluations
         nll, aux = torch.zeros((2,), device=self.groups.device)
         for batch in batches:
             output = self.deepspeed(**self._to_device(batch))
@@ -109,7 +111,8 @@ class Engine:
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         # Taken here, because an evaluation leaves its own in the module.
-        self.metrics = {**self.module.metrics(), "aux_loss": aux}  # type: ignore[operator]
+        traffic = self.module.traffic()  # type: ignore[operator]  # the norm has waited for it
+        self.metrics = {**self.module.metrics(), **traffic, "aux_loss": aux}  # type: ignore[operator]
         self._count(norm)
         if not self.skipped:
             self.module.balance(self.groups)  # type: ignore[operator]
@@ -144,7 +147,10 @@ class Engine:
 
     @torch.no_grad()
     def eval_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy (nats) and number of target tokens of this rank's `batch`."""
+        """Summed cross-entropy (nats) and number of target tokens of this rank's `batch`.
+
+        With context parallelism the mean over its cp ranks is the sum over the batch.
+        """
         self.module.eval()
         loss = self.deepspeed(**self._to_device({**batch, "normalizer": 1.0})).loss
         return loss.double(), (batch["targets"] != -100).sum().to(self.groups.device)
@@ -157,7 +163,7 @@ class Engine:
     def nonfinite_reason(self, loss: Tensor) -> str:
         """What was wrong with the step just skipped. All ranks call it."""
         bad = (~torch.isfinite(loss)).to(torch.int64)
-        ranks = int(all_reduce_sum(bad, self.groups.dp))
+        ranks = int(all_reduce_sum(bad, self.groups.world))
         return f"loss not finite on {ranks} ranks" if ranks else "gradient not finite"
 
     def _to_device(self, batch: Batch) -> Batch:
@@ -176,13 +182,24 @@ class Engine:
         without gradient: removing them skips the step.
         """
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._norm_of_pieces(parameters)
         if not math.isfinite(float(norm)):
             for parameter in parameters:
                 parameter.grad = None
         elif self.run.optim.clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.run.optim.clip, norm)
         return norm
+
+    def _norm_of_pieces(self, parameters: list[nn.Parameter]) -> Tensor:
+        """The norm of whole gradients, of which the tp and ep ranks hold pieces."""
+        square = torch.zeros(3, device=self.groups.device)  # whole here, pieces over tp, over ep
+        for p in parameters:
+            kind = 2 if is_expert(p) else int(shard_of(p) is not None)
+            assert p.grad is not None
+            square[kind] += torch.linalg.vector_norm(p.grad, dtype=torch.float32).square()
+        all_reduce_sum(square[1], self.groups.tp)
+        all_reduce_sum(square[2], self.groups.ep)
+        return square.sum().sqrt()
 
     def _count(self, norm: Tensor | float) -> None:
         if math.isfinite(float(norm)):

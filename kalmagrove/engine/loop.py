@@ -215,11 +215,12 @@ def evaluate(engine: Engine, val_batches: Iterable[Batch]) -> tuple[float, int]:
         batch_nats, batch_count = engine.eval_loss(batch)
         nats += batch_nats
         count += batch_count
-    all_reduce_sum(nats, engine.groups.dp)
-    all_reduce_sum(count, engine.groups.dp)
+    groups = engine.groups
+    all_reduce_sum(nats, groups.dp_cp)
+    all_reduce_sum(count, groups.dp)
     if not int(count):
         raise DataError("the held-out split has no target token; try a larger data.val_fraction")
-    return float(nats) / int(count), int(count)
+    return float(nats) / groups.cp.size / int(count), int(count)
 
 
 def _save(engine: Engine, batches: Batches, meters: Observer, state: State, *, must: bool) -> None:

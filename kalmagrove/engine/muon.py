@@ -129,8 +129,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {**defaults, "weight_decay": 0.0, "muon": False})
         self._shards: dict[str, Shard] = {}
 
-    def shard(self, group_name: str, shard: Shard) -> None:
-        self._shards[group_name] = shard
+    def shard(self, label: str, shard: Shard) -> None:
+        self._shards[label] = shard
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -153,7 +153,7 @@ class Muon(torch.optim.Optimizer):
         momentum = state["momentum_buffer"]
         momentum.lerp_(grad, 1 - group["momentum"])
         nesterov = grad.lerp(momentum, group["momentum"])
-        shard = self._shards.get(group["name"])
+        shard = self._shards.get(group["label"])
         return muon_update(nesterov) if shard is None else sharded_update(nesterov, shard)
 
 

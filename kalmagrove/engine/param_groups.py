@@ -23,34 +23,41 @@ def parameter_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
 
     Weight decay acts on matrices and embeddings, and on spline coefficients with
     `optim.decay_splines`. With Muon the matrices form a group of their own (`muon=True`) with
-    `optim.muon_lr`.
+    `optim.muon_lr`. Groves and experts that DeepSpeed must reduce over ranks of their own
+    (`compat.tag_parallel`) form groups of their own too.
 
-    Each group has: name, params, lr, base_lr (what the schedule multiplies), weight_decay, muon.
+    Each group has: label (unique), params, lr, base_lr (what the schedule multiplies),
+    weight_decay, muon; those of groves also moe=True and name, for DeepSpeed.
     """
     decayed = {"matrix", "embedding"} | ({"spline"} if optim.decay_splines else set())
-    groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
+    groups: dict[tuple[str, str | None], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         kind = parameter_kind(parameter)
         assert kind in KINDS, f"{name} is tagged with the unknown kind {kind!r}"
         if not parameter.requires_grad:
             continue
+        label = "decay" if kind in decayed else "no_decay"
         if optim.kind == "muon" and kind == "matrix" and parameter.ndim >= 2:
-            groups["muon"].append(parameter)
-        else:
-            groups["decay" if kind in decayed else "no_decay"].append(parameter)
-    if not any(groups.values()):
+            label = "muon"
+        experts = getattr(parameter, "group_name", None)
+        groups.setdefault((label, experts), []).append(parameter)
+    if not groups:
         raise ConfigError("model", type(model).__name__, "has no trainable parameter")
+    order = sorted(
+        groups, key=lambda key: (key[1] or "", ("muon", "decay", "no_decay").index(key[0]))
+    )
     return [
         {
-            "name": name + suffix,
+            "label": label + ("" if experts is None else ".experts") + suffix,
             "params": params,
-            "lr": optim.muon_lr if name == "muon" else optim.lr,
-            "base_lr": optim.muon_lr if name == "muon" else optim.lr,
-            "weight_decay": 0.0 if name == "no_decay" else optim.weight_decay,
-            "muon": name == "muon",
+            "lr": optim.muon_lr if label == "muon" else optim.lr,
+            "base_lr": optim.muon_lr if label == "muon" else optim.lr,
+            "weight_decay": 0.0 if label == "no_decay" else optim.weight_decay,
+            "muon": label == "muon",
+            **({} if experts is None else {"moe": True, "name": experts}),
         }
-        for name, members in groups.items()
-        for suffix, params in _aligned(members)
+        for label, experts in order
+        for suffix, params in _aligned(groups[label, experts])
     ]
 
 

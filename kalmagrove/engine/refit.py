@@ -15,7 +15,7 @@ from torch import Tensor
 from kalmagrove.engine.compat import master_weight, set_weight
 from kalmagrove.engine.engine import Batch, Engine
 from kalmagrove.nn.edge import EdgeActivation
-from kalmagrove.parallel import broadcast_object
+from kalmagrove.parallel import all_gather_object, broadcast_object, is_expert, shard_of
 from kalmagrove.track.records import GridRefit
 
 log = logging.getLogger(__name__)
@@ -27,14 +27,17 @@ Seen = dict[int | None, Tensor]  # pre-activations [N, M] by grove; None: the on
 def refit_grids(engine: Engine, batch: Batch) -> dict[str, GridRefit]:
     """Refit every grid of whose pre-activations more than `edge.refit_above` is out of range.
 
-    The first data-parallel rank looks at its `batch` and fits; the others take over its result, bit
-    for bit. So with the first micro-batch of a step the number of ranks plays no part. Optimizer
-    moments stay. A refit that fails leaves its grid as it was, with a warning. Collective.
+    The first of the ranks that hold a grid fits it to what it sees; the others take over its
+    result, bit for bit. All data-parallel ranks look at the first one's `batch`: with the first
+    micro-batch of a step their number plays no part. (Of a row split over tensor- or
+    context-parallel ranks that rank may see a piece only.) Optimizer moments stay. A refit that
+    fails leaves its grid as it was, with a warning. Collective.
 
     Args:
-        batch: this rank's; a forward pass in evaluation mode is made over it.
+        batch: this rank's; a forward pass in evaluation mode is made over the first rank's.
     Returns:
-        What was done, by layer ("3"), grove ("3.0") and shared grove ("3.shared").
+        What was done, by layer ("3"), grove ("3.0") and shared grove ("3.shared"); the same on all
+        ranks.
     """
     edges = {
         path: module
@@ -43,17 +46,26 @@ def refit_grids(engine: Engine, batch: Batch) -> dict[str, GridRefit]:
     }
     if not edges:
         return {}
-    dp, device = engine.groups.dp, engine.groups.device
-    seen = _look(engine, batch, edges if dp.rank == 0 else {})
-    done: dict[str, GridRefit] = {}
-    for path in broadcast_object(list(seen), dp):
-        edge = edges[path]
+    groups = engine.groups
+    holders = {
+        path: groups.expert_dp if is_expert(edge.coef) else groups.world
+        for path, edge in edges.items()
+    }
+    own = {path: edge for path, edge in edges.items() if holders[path].rank == 0}
+    seen = _look(engine, broadcast_object(batch, groups.dp), own)
+    found_here: dict[str, GridRefit] = {}
+    anywhere = {path for paths in all_gather_object(list(seen), groups.world) for path in paths}
+    for path in sorted(anywhere):
+        edge, holder = edges[path], holders[path]
         coef = master_weight(edge.coef)
-        found = _refit(path, edge, coef, seen[path]) if dp.rank == 0 else {}
-        coef, span, found = broadcast_object((coef.cpu(), edge.range.cpu(), found), dp)
+        found = _refit(path, edge, coef, seen[path]) if path in seen else {}
+        coef, span, found = broadcast_object((coef.cpu(), edge.range.cpu(), found), holder)
         if found:
-            set_weight(edge.coef, coef.to(device), dp)
+            set_weight(edge.coef, coef.to(groups.device), groups)
             edge.range.copy_(span)
+        found_here |= found
+    done: dict[str, GridRefit] = {}
+    for found in all_gather_object(found_here, groups.world):
         done |= found
     return done
 
@@ -81,8 +93,10 @@ def _refit(path: str, edge: EdgeActivation, coef: Tensor, seen: Seen) -> dict[st
     """Refit `coef` and the ranges in place; what fails is left out."""
     found = {}
     layer = path.removeprefix("blocks.").removesuffix(".edge").replace(".ffn", "")
+    shard = shard_of(edge.coef)
+    first = shard.start if shard is not None else 0
     for grove, h_NM in seen.items():
-        name = layer if grove is None else f"{layer}.{grove}"
+        name = layer if grove is None else f"{layer}.{first + grove}"
         before = edge.outside(h_NM, grove)
         try:
             error = edge.refit(h_NM, grove, coef=coef)

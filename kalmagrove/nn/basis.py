@@ -23,7 +23,10 @@ class Basis:
     """Functions B_0..B_{P-1}. Subclasses give `size` and `terms`, or override the evaluation.
 
     degree: of a polynomial or spline; harmonics of a Fourier series. grid: intervals or centres.
+    nonlinear_std: how the coefficients after `linear_size`, if there are any, start: N(0, std^2).
     """
+
+    nonlinear_std = 0.0
 
     def __init__(self, degree: int = 3, grid: int = 8) -> None:
         self.degree, self.grid = degree, grid
@@ -62,9 +65,6 @@ class Basis:
         for coef_M, term_NM in zip(coef_MP.unbind(-1), terms, strict=True):
             value = value + coef_M * term_NM
         return value
-
-    def init_nonlinear(self, coef_MP: Tensor) -> None:
-        """Initialise the coefficients after `linear_size` in place; most bases have none."""
 
 
 class BSpline(Basis):
@@ -176,7 +176,10 @@ class Rational(Basis):
     """(a_0 + ... + a_n u^n) / (1 + |b_1 u + ... + b_n u^n|): a Pade form without poles.
 
     Coefficients are a_0..a_n, then b_1..b_n (PAU, arXiv:1907.06732, section 3). Linear in a only.
+    b starts small and random: at b = 0 the absolute value has no gradient and b would never move.
     """
+
+    nonlinear_std = 0.1
 
     @property
     def size(self) -> int:
@@ -208,10 +211,6 @@ class Rational(Basis):
             if p:
                 lower = lower + coef_MP[:, self.degree + p] * power
         return upper / (1 + lower.abs())
-
-    def init_nonlinear(self, coef_MP: Tensor) -> None:
-        """Small and random: at b = 0 the absolute value has no gradient and b would never move."""
-        torch.nn.init.normal_(coef_MP[..., self.linear_size :], std=0.1)
 
 
 BASES: dict[str, type[Basis]] = {

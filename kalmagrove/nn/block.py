@@ -8,7 +8,7 @@ from kalmagrove.config import Model
 from kalmagrove.nn.attention import build_attention
 from kalmagrove.nn.ffn import build_ffn
 from kalmagrove.nn.norm import RMSNorm
-from kalmagrove.parallel import Groups
+from kalmagrove.parallel import Groups, TensorParallel
 
 
 class Block(nn.Module):
@@ -19,9 +19,10 @@ class Block(nn.Module):
 
     def __init__(self, model: Model, layer: int, groups: Groups) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(model.d_model, eps=model.norm_eps)
+        stream = TensorParallel.of(groups).stream
+        self.attention_norm = RMSNorm(model.d_model, eps=model.norm_eps, through=stream)
         self.attention = build_attention(model, layer, groups)
-        self.ffn_norm = RMSNorm(model.d_model, eps=model.norm_eps)
+        self.ffn_norm = RMSNorm(model.d_model, eps=model.norm_eps, through=stream)
         self.ffn = build_ffn(model, layer, groups)
 
     def init_weights(self, std: float, out_std: float) -> None:

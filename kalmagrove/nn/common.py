@@ -1,12 +1,17 @@
-"""What every feed-forward shares: its result, tagged parameters, and the arithmetic type.
+"""What every feed-forward shares: its result, tagged parameters, the arithmetic type, and work
+beside the exchange of tokens.
 
 Used by the feed-forwards of this package; `kalmagrove.nn.ffn` builds them.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from kalmagrove.parallel import Shard
 
 
 class FFNOutput(NamedTuple):
@@ -16,10 +21,22 @@ class FFNOutput(NamedTuple):
     aux_loss: Tensor
 
 
-def parameter(*shape: int, kind: str) -> nn.Parameter:
-    """A zero parameter with the kind the optimizer goes by: matrix, bias, norm, spline, ..."""
-    p = nn.Parameter(torch.zeros(*shape))
+def parameter(*shape: int, kind: str, shard: Shard | None = None) -> nn.Parameter:
+    """A zero parameter with the kind the optimizer goes by: matrix, bias, norm, spline, ...
+
+    Args:
+        shape: of the whole parameter.
+        shard: the piece of it that this rank holds. Tagged with it, unless it is whole; experts'
+            parameters always are.
+    """
+    sizes = list(shape)
+    if shard is not None:
+        assert sizes[shard.dim] == shard.whole
+        sizes[shard.dim] = shard.length
+    p = nn.Parameter(torch.zeros(sizes))
     p.kind = kind  # type: ignore[attr-defined]
+    if shard is not None and (shard.over == "ep" or shard.length < shard.whole):
+        p.shard = shard  # type: ignore[attr-defined]
     return p
 
 
@@ -30,3 +47,39 @@ def wide(x: Tensor) -> Tensor:
 
 def no_aux_loss(x: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.float32, device=x.device)
+
+
+class Aside:
+    """Work that does not wait for what is queued after this is made, on a GPU's second stream.
+
+    Make it before the exchange of tokens, `run` after that is queued, and `join` where the result
+    is needed. Autograd repeats the choice of streams in the backward pass. Without `wanted` or
+    without a GPU the work is done plainly.
+    """
+
+    def __init__(self, x: Tensor, wanted: bool) -> None:
+        self.stream: torch.cuda.Stream | None = None
+        if wanted and x.is_cuda:
+            self.stream = _second_stream(x.device)
+            self.stream.wait_stream(torch.cuda.current_stream(x.device))
+
+    def run(self, work: Callable[[Tensor], FFNOutput], x: Tensor) -> Tensor:
+        """The output of `work`, not to be touched before `join`. x: made before this was."""
+        if self.stream is None:
+            return work(x).y_BTD
+        x.record_stream(self.stream)  # its memory is not reused before the work is done
+        with torch.cuda.stream(self.stream):
+            return work(x).y_BTD
+
+    def join(self, y: Tensor) -> Tensor:
+        """y, which the current stream may use from here on."""
+        if self.stream is not None:
+            current = torch.cuda.current_stream(y.device)
+            current.wait_stream(self.stream)
+            y.record_stream(current)
+        return y
+
+
+@cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -1,64 +1,53 @@
-"""Token dispatch for layers of which each token uses a few parts: groves and experts.
+"""Routing for layers of which each token uses a few parts: groves and experts.
 
-Three steps a layer spells out: choose parts (`Balanced.choose`), `dispatch` tokens sorted by part,
-and `combine` the parts' outputs. The first and last are where expert parallelism exchanges tokens.
-Letters: N tokens, D model width, G parts (groves or experts), K chosen a token, S = N * K.
+A layer chooses parts (`Balanced.choose`), then goes through the three steps of
+`kalmagrove.parallel.expert` that bring the tokens to their parts and back.
+Letters: N tokens of this rank, G parts, K chosen a token, S = N * K.
 """
 
-from typing import NamedTuple
+import math
 
 import torch
 from torch import Tensor
 
+from kalmagrove.nn.common import wide
 from kalmagrove.nn.precision import Fp32Buffers
 from kalmagrove.nn.routing import largest
-from kalmagrove.parallel import Groups, all_reduce_sum
-
-
-class Plan(NamedTuple):
-    """How the S pairs (token, part) are laid out, sorted by part and then by token."""
-
-    inverse_S: Tensor  # pair (token * K + choice) -> its place
-    rows: list[int]  # pairs of each part
-
-
-def dispatch(x_ND: Tensor, index_NK: Tensor, parts: int) -> tuple[Tensor, Plan]:
-    """Copies of the tokens [S, D], sorted by part; parts without tokens have 0 rows.
-
-    Reads the parts' row counts on the host: one synchronisation on an accelerator.
-    """
-    tokens, chosen = index_NK.shape
-    part_S = index_NK.flatten()
-    order_S = part_S.argsort(stable=True)
-    rows = torch.bincount(part_S, minlength=parts).tolist()
-    pairs_SD = x_ND.unsqueeze(1).expand(-1, chosen, -1).reshape(tokens * chosen, -1)
-    return pairs_SD.index_select(0, order_S), Plan(order_S.argsort(), rows)
-
-
-def combine(y_SD: Tensor, gate_NK: Tensor, plan: Plan) -> Tensor:
-    """Each token's outputs, weighted by its gates and summed [N, D], in the dtype of y."""
-    tokens, chosen = gate_NK.shape
-    y_NKD = y_SD.index_select(0, plan.inverse_S).view(tokens, chosen, y_SD.shape[1])
-    return torch.einsum("nkd,nk->nd", y_NKD, gate_NK.to(y_SD.dtype))
+from kalmagrove.parallel import Groups, Shard, TensorParallel, Traffic, all_reduce_sum, reduce
 
 
 class Balanced(Fp32Buffers):
     """A router whose load is balanced by a selection bias, not a loss (arXiv:2408.15664).
 
-    Buffers, fp32 and persistent: `bias` [G], added to the scores for the choice only; `load` [G],
-    the choices counted in training mode since the last `balance`. (Activation checkpointing runs a
-    forward pass twice and counts twice; the sign rule does not see a common factor.)
+    Buffers, fp32, persistent and whole on every rank: `bias` [G], added to the scores for the
+    choice only; `load` [G], the choices counted in training mode since the last `balance`.
+    (Activation checkpointing runs a forward pass twice and counts twice; the sign rule does not see
+    a common factor.)
+
+    Each expert-parallel rank holds the parts of `shard`. Every rank routes tokens of its own, also
+    those of a tensor-parallel group. `traffic` counts what it sends to others.
     """
 
     bias: Tensor
     load: Tensor
 
-    def __init__(self, parts: int, bias_rate: float) -> None:
+    def __init__(self, parts: int, bias_rate: float, groups: Groups) -> None:
         super().__init__()
         self.bias_rate = bias_rate
+        self.tp, self.ep = TensorParallel.of(groups), groups.ep
+        self.shard = Shard.even("ep", groups.ep, parts)
+        self.traffic = Traffic()
         self.register_buffer("bias", torch.zeros(parts))
         self.register_buffer("load", torch.zeros(parts))
         self.metrics: dict[str, Tensor] = {}
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a shared part can run while tokens are under way.
+
+        Not where it has collectives of its own: two communicators at once may wait for each other.
+        """
+        return self.ep.size > 1 and self.tp.group.size == 1
 
     @torch.no_grad()
     def choose(self, score_NG: Tensor, chosen: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -80,22 +69,45 @@ class Balanced(Fp32Buffers):
         return index_NK, {"load": load_G, "load_max": load_G.amax() / mean, "load_cv": spread}
 
     @torch.no_grad()
+    def limit(self, index_NK: Tensor, gate_NK: Tensor, capacity: float | None) -> Tensor:
+        """The indices with G for the choices that go beyond the parts' capacity, if there is one.
+
+        A part takes at most ceil(capacity * N * K / G) of this rank's choices, those of the largest
+        gates; of equal gates, the earlier token. So what is dropped depends on the layout, as the
+        N tokens are those of one rank. Metric: `dropped`, the share of the choices.
+        """
+        if capacity is None:
+            return index_NK
+        parts = len(self.bias)
+        index_S = index_NK.flatten()
+        order_S = gate_NK.flatten().argsort(descending=True, stable=True)
+        order_S = order_S[index_S[order_S].argsort(stable=True)]  # by part, then by gate
+        count_G = torch.bincount(index_S, minlength=parts)
+        start_G = count_G.cumsum(0) - count_G
+        place_S = torch.arange(len(index_S), device=index_S.device) - start_G[index_S[order_S]]
+        beyond_S = place_S >= math.ceil(capacity * len(index_S) / parts)
+        dropped_S = torch.empty_like(beyond_S).scatter(0, order_S, beyond_S)
+        self.metrics["dropped"] = dropped_S.float().mean()
+        return index_S.masked_fill(dropped_S, parts).view_as(index_NK)
+
+    def z_loss(self, logit_NG: Tensor, weight: float) -> Tensor:
+        """weight * mean square of the router's logits over the tokens of all tp ranks, fp32.
+
+        It keeps sigmoid routers out of saturation. ST-MoE's z-loss (arXiv:2202.08906, section 3.2)
+        squares the log-sum-exp, what its softmax normalises by; a sigmoid has a normaliser of its
+        own for each logit, so each logit is squared.
+        """
+        own = weight * wide(logit_NG).square().mean()
+        return reduce(own / self.tp.group.size, self.tp.group).float()
+
+    @torch.no_grad()
     def balance(self, groups: Groups) -> None:
         """Raise the bias of parts below the mean load by `bias_rate`, lower the others; zero the
         load.
 
-        The sign rule of DeepSeek-V3 (arXiv:2412.19437, section 2.1.2), on the load of all
-        data-parallel ranks: call it on all of them, once an optimizer step.
+        The sign rule of DeepSeek-V3 (arXiv:2412.19437, section 2.1.2), on the load of all ranks,
+        each of which counted tokens of its own: call it on all of them, once an optimizer step.
         """
-        load_G = all_reduce_sum(self.load, groups.dp)
+        load_G = all_reduce_sum(self.load, groups.world)
         self.bias += self.bias_rate * torch.sign(load_G.mean() - load_G)
         self.load.zero_()
-
-
-def router_z_loss(logit_NG: Tensor, weight: float) -> Tensor:
-    """weight * mean square of the router's logits, fp32: keeps sigmoid routers out of saturation.
-
-    ST-MoE's z-loss (arXiv:2202.08906, section 3.2) squares the log-sum-exp, what its softmax
-    normalises by; a sigmoid has a normaliser of its own for each logit, so each logit is squared.
-    """
-    return weight * logit_NG.float().square().mean()

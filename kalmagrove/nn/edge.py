@@ -6,6 +6,7 @@ Letters: N tokens, M edges, P basis functions, L those the function is linear in
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from kalmagrove.config import Edge
 from kalmagrove.nn.basis import BASES, Basis, BSpline
 from kalmagrove.nn.common import parameter, wide
 from kalmagrove.nn.precision import Fp32Buffers
+from kalmagrove.parallel import Shard, normal_
 from kalmagrove_kernels.edge import BASES as BASE_FUNCTIONS
 from kalmagrove_kernels.edge import edge_activation
 
@@ -36,25 +38,34 @@ class EdgeActivation(Fp32Buffers):
     edges.
 
     Parameters `coef` [M, P] and `scale` [M] (none with base=none), kind "spline"; buffer `range`
-    [2], fp32, the interval the basis is made for. With `groves` all have a leading dimension, and
-    `forward` and `refit` take the grove's number. Computes in fp32 at least, whatever the
-    parameters' type.
+    [2], fp32, the interval the basis is made for. With `groves` all have a leading dimension, of
+    which this rank holds the piece `groves`, and `forward` and `refit` take the grove's number in
+    it. Computes in fp32 at least, whatever the parameters' type. Call `init_weights` before use.
+
+    through: what the parameters pass before each use; see `TensorParallel.stream`.
     """
 
     range: Tensor
 
     def __init__(
-        self, edges: int, edge: Edge, groves: int | None = None, backend: str = "reference"
+        self,
+        edges: int,
+        edge: Edge,
+        groves: Shard | None = None,
+        backend: str = "reference",
+        through: Callable[[Tensor], Tensor] = lambda weight: weight,
     ) -> None:
         super().__init__()
-        self.config, self.backend = edge, backend
+        self.config, self.backend, self.through = edge, backend, through
         self.basis = make_basis(edge)
-        lead = () if groves is None else (groves,)
-        self.coef = parameter(*lead, edges, self.basis.size, kind="spline")
-        self.scale = None if edge.base == "none" else parameter(*lead, edges, kind="spline")
+        lead = () if groves is None else (groves.whole,)
+        self.coef = parameter(*lead, edges, self.basis.size, kind="spline", shard=groves)
+        self.scale = (
+            None if edge.base == "none" else parameter(*lead, edges, kind="spline", shard=groves)
+        )
         span = torch.tensor(edge.range, dtype=torch.float32)
-        self.register_buffer("range", span.expand(*lead, 2).clone())
-        self.init_weights()
+        self.register_buffer("range", span.expand(*self.coef.shape[:-2], 2).clone())
+        self.buffer_shards = {} if groves is None else {"range": groves}
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -70,13 +81,15 @@ class EdgeActivation(Fp32Buffers):
         target_S = BASE_FUNCTIONS[self.config.base if self.scale is not None else "silu"](h_S)
         rms = target_S.square().mean().sqrt()
         std = self.config.init_scale * rms / values_SL.square().sum(-1).mean().sqrt()
-        linear = self.coef[..., : self.basis.linear_size]
-        linear.normal_(std=float(std))
+        linear = self.basis.linear_size
+        normal_(self.coef, float(std), part=slice(linear))
         if self.scale is not None:
             self.scale.fill_(1.0)
         else:
-            linear += _ridge(*_normal_equations(values_SL, target_S)).to(linear)
-        self.basis.init_nonlinear(self.coef)
+            fit_L = _ridge(*_normal_equations(values_SL, target_S))
+            self.coef[..., :linear] += fit_L.to(self.coef)
+        if linear < self.basis.size:
+            normal_(self.coef, self.basis.nonlinear_std, part=slice(linear, None))
 
     def span(self, grove: int | None = None) -> Tensor:
         """The range [2] of a grove, or of the one layer: a view of the buffer."""
@@ -85,10 +98,8 @@ class EdgeActivation(Fp32Buffers):
     def forward(self, h_NM: Tensor, grove: int | None = None) -> Tensor:
         """E = phi(h) [..., M], fp32 (fp64 if h is)."""
         h_NM, range_2 = wide(h_NM), self.span(grove)
-        coef_MP = (self.coef if grove is None else self.coef[grove]).to(h_NM.dtype)
-        scale_M = None
-        if self.scale is not None:
-            scale_M = (self.scale if grove is None else self.scale[grove]).to(h_NM.dtype)
+        coef_MP = self._own(self.coef, grove).to(h_NM.dtype)
+        scale_M = None if self.scale is None else self._own(self.scale, grove).to(h_NM.dtype)
         if isinstance(self.basis, BSpline):
             return edge_activation(
                 h_NM,
@@ -103,6 +114,10 @@ class EdgeActivation(Fp32Buffers):
         if scale_M is None:
             return value_NM
         return value_NM + scale_M * BASE_FUNCTIONS[self.config.base](h_NM)
+
+    def _own(self, parameter: Tensor, grove: int | None) -> Tensor:
+        parameter = self.through(parameter)
+        return parameter if grove is None else parameter[grove]
 
     @torch.no_grad()
     def outside(self, h_NM: Tensor, grove: int | None = None) -> Tensor:

@@ -28,10 +28,10 @@ def build_ffn(model: Model, layer: int, groups: Groups) -> nn.Module:
     backend = resolve_backend(model.backend)
     width, ffn = model.d_model, model.ffn
     build: dict[str, Callable[[], nn.Module]] = {
-        "dense": lambda: DenseFFN(width, ffn.dense.hidden),
-        "moe": lambda: MoEFFN(width, ffn.moe),
-        "kan": lambda: KANLayer(width, ffn.kan, backend),
-        "grove": lambda: GroveLayer(width, ffn.grove, backend),
+        "dense": lambda: DenseFFN(width, ffn.dense.hidden, groups),
+        "moe": lambda: MoEFFN(width, ffn.moe, groups),
+        "kan": lambda: KANLayer(width, ffn.kan, groups, backend),
+        "grove": lambda: GroveLayer(width, ffn.grove, groups, backend),
     }
     return build[model.ffn_kind(layer)]()
 

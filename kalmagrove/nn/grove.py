@@ -1,8 +1,9 @@
 """Groves: several KAN layers, a few chosen for each token (KalmaGrove paper, section 2.3).
 
-A feed-forward (`ffn=grove`): route and dispatch, run the local groves, combine.
-Letters: B batch, T tokens, N = B * T, D model width, G groves, K chosen a token, M edges, R rank,
-E rows of an edge manifold, S = N * K pairs of token and grove.
+A feed-forward (`ffn=grove`): route, bring the tokens to their groves, run the groves of this rank,
+bring the results back.
+Letters: B batch, T tokens, N tokens that this rank routes, D model width, G groves, K chosen a
+token, M edges, R rank, E rows of an edge manifold, S pairs of token and grove computed here.
 """
 
 import torch
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmagrove.config import Grove
-from kalmagrove.nn.common import FFNOutput, no_aux_loss, parameter, wide
-from kalmagrove.nn.dispatch import Balanced, combine, dispatch, router_z_loss
+from kalmagrove.nn.common import Aside, FFNOutput, no_aux_loss, parameter, wide
+from kalmagrove.nn.dispatch import Balanced
 from kalmagrove.nn.edge import EdgeActivation
 from kalmagrove.nn.kan import EdgeUse, KANLayer, KANWeights, add_up, init_kan, kan
+from kalmagrove.parallel import Groups, communicate, normal_, postprocess, preprocess
 
 
 class GroveLayer(Balanced):
@@ -22,21 +24,25 @@ class GroveLayer(Balanced):
         score_i = ||E_i x||_2        gate_i = sigmoid(W_g x + b_g)_i * score_i
 
     The K groves of largest score + bias are chosen (`Balanced`); scores and gates are fp32. All
-    groves are stacked: edges [G, M, D], edge.* [G, M, ...], v and u [G, M, R, D].
+    groves are stacked: edges [G, M, D], edge.* [G, M, ...], v and u [G, M, R, D], of which an
+    expert-parallel rank holds G / ep groves. The router (manifold, gate, gate_bias) is whole.
     """
 
-    def __init__(self, d_model: int, config: Grove, backend: str = "reference") -> None:
-        super().__init__(config.groves, config.bias_rate)
+    def __init__(
+        self, d_model: int, config: Grove, groups: Groups, backend: str = "reference"
+    ) -> None:
+        super().__init__(config.groves, config.bias_rate, groups)
         self.config = config
-        groves, body = config.groves, config.kan
+        groves, body, own = config.groves, config.kan, self.shard
+        projection = groves, body.edges, body.rank, d_model
         self.manifold = parameter(groves, config.edge_manifold, d_model, kind="matrix")
         self.gate = parameter(groves, d_model, kind="matrix")
         self.gate_bias = parameter(groves, kind="bias")
-        self.edges = parameter(groves, body.edges, d_model, kind="matrix")
-        self.edge = EdgeActivation(body.edges, body.edge, groves, backend)
-        self.v = parameter(groves, body.edges, body.rank, d_model, kind="matrix")
-        self.u = parameter(groves, body.edges, body.rank, d_model, kind="matrix")
-        self.shared = KANLayer(d_model, body, backend) if config.shared else None
+        self.edges = parameter(groves, body.edges, d_model, kind="matrix", shard=own)
+        self.edge = EdgeActivation(body.edges, body.edge, own, backend)
+        self.v = parameter(*projection, kind="matrix", shard=own)
+        self.u = parameter(*projection, kind="matrix", shard=own)
+        self.shared = KANLayer(d_model, body, groups, backend) if config.shared else None
 
     @torch.no_grad()
     def init_weights(self, std: float, out_std: float) -> None:
@@ -48,8 +54,8 @@ class GroveLayer(Balanced):
         """
         config = self.config
         out_std /= (config.top_g + int(config.shared)) ** 0.5
-        self.manifold.normal_(std=2 * (config.edge_manifold * self.gate.shape[1]) ** -0.5)
-        self.gate.normal_(std=std)
+        normal_(self.manifold, 2 * (config.edge_manifold * self.gate.shape[1]) ** -0.5)
+        normal_(self.gate, std)
         self.gate_bias.zero_()
         init_kan(self.edges, self.v, self.u, config.kan, std, out_std)
         self.edge.init_weights()
@@ -57,36 +63,46 @@ class GroveLayer(Balanced):
             self.shared.init_weights(std, out_std)
 
     def forward(self, x_BTD: Tensor) -> FFNOutput:
-        x_ND = x_BTD.flatten(0, -2)
+        own_BTD = self.tp.tokens(x_BTD)
+        x_ND = own_BTD.flatten(0, -2)
         index_NK, gate_NK, aux_loss = self.route(x_ND)
-        x_SD, plan = dispatch(x_ND, index_NK, self.config.groves)
-        y_SD, uses = self.run_groves(x_SD, plan.rows)
-        y_ND = combine(y_SD, gate_NK, plan)
-        if self.shared is not None:
-            y_ND = y_ND + self.shared(x_ND).y_BTD
+        plan = preprocess(index_NK, self.config.groves, self.ep, self.traffic)
+        aside = Aside(x_BTD, wanted=self.overlaps)
+        rows = communicate(x_ND, gate_NK, plan)
+        shared_BTD = None if self.shared is None else aside.run(self.shared, x_BTD)
+        y_SD, uses = self.run_groves(rows.x_SD, plan.rows)
+        y_BTD = self.tp.stream_of(postprocess(y_SD, rows, plan).view_as(own_BTD))
+        if self.shared is not None and shared_BTD is not None:
+            y_BTD = y_BTD + aside.join(shared_BTD)
             assert self.shared.use is not None
             uses = [*uses, self.shared.use]
         self.metrics |= add_up(uses).metrics
-        return FFNOutput(y_ND.view_as(x_BTD), aux_loss)
+        return FFNOutput(y_BTD, aux_loss)
 
     def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The chosen groves [N, K], their gates [N, K] in fp32, and the z-loss (scalar)."""
-        x_ND = wide(x_ND)
-        width = self.config.edge_manifold
-        seen_NGE = F.linear(x_ND, self.manifold.flatten(0, 1).to(x_ND.dtype))
-        score_NG = torch.linalg.vector_norm(seen_NGE.unflatten(1, (-1, width)), dim=-1)
-        logit_NG = F.linear(x_ND, self.gate.to(x_ND.dtype), self.gate_bias.to(x_ND.dtype))
+        """The chosen groves [N, K], their gates [N, K] in fp32, and the z-loss (scalar).
+
+        With a capacity, a choice beyond it has the index G.
+        """
+        x_ND, shared = wide(x_ND), self.tp.shared
+        manifold_GED, gate_GD, bias_G = (
+            shared(weight).to(x_ND.dtype) for weight in (self.manifold, self.gate, self.gate_bias)
+        )
+        seen_NGE = F.linear(x_ND, manifold_GED.flatten(0, 1)).unflatten(1, manifold_GED.shape[:2])
+        score_NG = torch.linalg.vector_norm(seen_NGE, dim=-1)
+        logit_NG = F.linear(x_ND, gate_GD, bias_G)
         index_NK, self.metrics = self.choose(score_NG.detach(), self.config.top_g)
         gate_NK = torch.sigmoid(logit_NG.gather(1, index_NK)) * score_NG.gather(1, index_NK)
         with torch.no_grad():
             self.metrics["gate_mean"] = gate_NK.mean().float()
             self.metrics["gate_std"] = gate_NK.std(correction=0).float()
+        index_NK = self.limit(index_NK, gate_NK, self.config.capacity)
         if not self.config.z_loss:
             return index_NK, gate_NK, no_aux_loss(x_ND)
-        return index_NK, gate_NK, router_z_loss(logit_NG, self.config.z_loss)
+        return index_NK, gate_NK, self.z_loss(logit_NG, self.config.z_loss)
 
     def run_groves(self, x_SD: Tensor, rows: list[int]) -> tuple[Tensor, list[EdgeUse]]:
-        """Every grove on its own tokens; x is sorted by grove and `rows` says how many each has.
+        """Every grove of this rank on its own tokens; x is sorted by grove, each has `rows`.
 
         A grove without tokens runs on none: its gradients are zero, not missing.
         """

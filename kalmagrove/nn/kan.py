@@ -17,6 +17,7 @@ from kalmagrove.config import KAN
 from kalmagrove.nn import routing
 from kalmagrove.nn.common import FFNOutput, no_aux_loss, parameter
 from kalmagrove.nn.edge import EdgeActivation, normal_quantiles
+from kalmagrove.parallel import Groups, TensorParallel, all_gather, normal_
 from kalmagrove_kernels.edge import BASES as BASE_FUNCTIONS
 from kalmagrove_kernels.projection import basis_projection, dense_masked
 
@@ -48,6 +49,13 @@ class EdgeUse(NamedTuple):
         }
 
 
+class Routed(NamedTuple):
+    """What manifold routing hands to the projection, in the dtype of x."""
+
+    value_NX: Tensor  # hard: the kept values [N, K]; straight-through: M [N, M]
+    index_NK: Tensor  # the kept edges
+
+
 def kan(
     x_ND: Tensor,
     weights: KANWeights,
@@ -56,30 +64,41 @@ def kan(
     grove: int | None = None,
 ) -> tuple[Tensor, EdgeUse]:
     """y [N, D] of one layer, with the edge functions of grove `grove` where they are stacked."""
-    h_NM = F.linear(x_ND, weights.w_MD)
+    routed, use = route(x_ND, weights.w_MD, config, edge, grove)
+    return project(x_ND, routed, weights.v_MRD, weights.u_MRD, config, edge.backend), use
+
+
+def route(
+    x_ND: Tensor, w_MD: Tensor, config: KAN, edge: EdgeActivation, grove: int | None = None
+) -> tuple[Routed, EdgeUse]:
+    """h = W_e x;  E = phi(h);  M = ST(E, k)."""
+    h_NM = F.linear(x_ND, w_MD)
     e_NM = edge(h_NM, grove)
     if config.routing == "hard":
         index_NK = routing.select(e_NM, config.top_k)
-        kept_NK = e_NM.gather(1, index_NK).to(x_ND.dtype)
-        y_ND = basis_projection(
+        value_NX = e_NM.gather(1, index_NK)
+    else:
+        value_NX, index_NK = routing.straight_through(e_NM, config.top_k, config.routing_width)
+    use = _edge_use(e_NM, index_NK, edge.outside(h_NM, grove))
+    return Routed(value_NX.to(x_ND.dtype), index_NK), use
+
+
+def project(
+    x_ND: Tensor, routed: Routed, v_MRD: Tensor, u_MRD: Tensor, config: KAN, backend: str
+) -> Tensor:
+    """y = sum_i U_i^T (M_i * act(V_i x)); a partial sum where v and u hold a slice of the ranks."""
+    if config.routing == "hard":
+        return basis_projection(
             x_ND,
-            kept_NK,
-            index_NK,
-            weights.v_MRD,
-            weights.u_MRD,
+            routed.value_NX,
+            routed.index_NK,
+            v_MRD,
+            u_MRD,
             inner_silu=config.inner_silu,
-            backend=edge.backend,
+            backend=backend,
         )
-    else:  # every edge needs its gradient, so every edge is projected
-        m_NM, index_NK = routing.straight_through(e_NM, config.top_k, config.routing_width)
-        y_ND = dense_masked(
-            x_ND,
-            m_NM.to(x_ND.dtype),
-            weights.v_MRD,
-            weights.u_MRD,
-            inner_silu=config.inner_silu,
-        )
-    return y_ND, _edge_use(e_NM, index_NK, edge.outside(h_NM, grove))
+    # Every edge needs its gradient, so every edge is projected.
+    return dense_masked(x_ND, routed.value_NX, v_MRD, u_MRD, inner_silu=config.inner_silu)
 
 
 @torch.no_grad()
@@ -106,15 +125,25 @@ def add_up(uses: list[EdgeUse]) -> EdgeUse:
 
 
 class KANLayer(nn.Module):
-    """One KAN layer as a feed-forward. Parameters: edges [M, D], edge.*, v and u [M, R, D]."""
+    """One KAN layer as a feed-forward. Parameters: edges [M, D], edge.*, v and u [M, R, D].
 
-    def __init__(self, d_model: int, config: KAN, backend: str = "reference") -> None:
+    Under tensor parallelism each rank holds R / tp of the rank dimension of v and u. Edges are
+    whole and routed on the stream, so that all ranks keep the same ones.
+    """
+
+    def __init__(
+        self, d_model: int, config: KAN, groups: Groups, backend: str = "reference"
+    ) -> None:
         super().__init__()
         self.config = config
+        self.tp = TensorParallel.of(groups)
+        shape = config.edges, config.rank, d_model
         self.edges = parameter(config.edges, d_model, kind="matrix")
-        self.edge = EdgeActivation(config.edges, config.edge, backend=backend)
-        self.v = parameter(config.edges, config.rank, d_model, kind="matrix")
-        self.u = parameter(config.edges, config.rank, d_model, kind="matrix")
+        self.edge = EdgeActivation(
+            config.edges, config.edge, backend=backend, through=self.tp.stream
+        )
+        self.v = parameter(*shape, kind="matrix", shard=self.tp.piece(config.rank, dim=1))
+        self.u = parameter(*shape, kind="matrix", shard=self.tp.piece(config.rank, dim=1))
         self.use: EdgeUse | None = None  # of the last forward pass, for the grove this belongs to
         self.metrics: dict[str, Tensor] = {}
 
@@ -124,10 +153,29 @@ class KANLayer(nn.Module):
         self.edge.init_weights()
 
     def forward(self, x_BTD: Tensor) -> FFNOutput:
-        weights = KANWeights(self.edges, self.v, self.u)
-        y_ND, self.use = kan(x_BTD.flatten(0, -2), weights, self.config, self.edge)
+        routed, self.use = route(
+            x_BTD.flatten(0, -2), self.tp.stream(self.edges), self.config, self.edge
+        )
         self.metrics = self.use.metrics
-        return FFNOutput(y_ND.view_as(x_BTD), no_aux_loss(x_BTD))
+        inner_BTD = self.tp.enter(x_BTD)
+        y_ND = project(
+            inner_BTD.flatten(0, -2),
+            self._enter(routed, x_BTD.shape[:-1]),
+            self.v,
+            self.u,
+            self.config,
+            self.edge.backend,
+        )
+        y_BTD = self.tp.leave(y_ND.view_as(inner_BTD))
+        return FFNOutput(y_BTD, no_aux_loss(x_BTD))
+
+    def _enter(self, routed: Routed, tokens: torch.Size) -> Routed:
+        """The routing of all tokens of the inner part. `tokens`: B, T of the stream."""
+        value_BTX = self.tp.enter(routed.value_NX.unflatten(0, tokens))
+        index_BTK = routed.index_NK.unflatten(0, tokens)
+        if self.tp.sequence:
+            index_BTK = all_gather(index_BTK, self.tp.group, 1)
+        return Routed(value_BTX.flatten(0, -2), index_BTK.flatten(0, -2))
 
 
 @torch.no_grad()
@@ -138,7 +186,8 @@ def init_kan(edges: Tensor, v: Tensor, u: Tensor, config: KAN, std: float, out_s
     range and the basis are made for. V ~ N(0, std^2). The variance of an output of the dense layer
     of equal active parameters, hidden H = (M + 2 k R) / 3, is H out_std^2 E[silu(g)^2] E[g^2] with
     g ~ N(0, std^2 D); here it is k R var(U) E[E_i^2 | kept] E[act(g)^2]. U's variance makes them
-    equal, with the expectation over the kept k of M edges taken at the base function.
+    equal, with the expectation over the kept k of M edges taken at the base function. k, M and R
+    are those of the whole layer, whatever piece of it the tensors are.
     """
     d_model = edges.shape[-1]
     active = (config.edges + 2 * config.top_k * config.rank) / 3
@@ -147,9 +196,9 @@ def init_kan(edges: Tensor, v: Tensor, u: Tensor, config: KAN, std: float, out_s
     inner = silu_g if config.inner_silu else g.square().mean()
     dense = active * silu_g * g.square().mean()
     kan_unit = config.top_k * config.rank * _kept_energy(config) * inner
-    edges.normal_(std=d_model**-0.5)
-    v.normal_(std=std)
-    u.normal_(std=out_std * math.sqrt(dense / kan_unit))
+    normal_(edges, d_model**-0.5)
+    normal_(v, std)
+    normal_(u, out_std * math.sqrt(dense / kan_unit))
 
 
 def _kept_energy(config: KAN) -> float:

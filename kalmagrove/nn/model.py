@@ -1,6 +1,7 @@
 """The language model: embedding, blocks, norm, head, loss. Reads as single-device code.
 
-Built by `build_model`, wrapped by `kalmagrove.engine`, decoded by `kalmagrove.evaluate`.
+Built by `build_model`, wrapped by `kalmagrove.engine`, decoded by `kalmagrove.evaluate`. With
+context parallelism a rank takes its piece of the rows, with tensor parallelism of the weights.
 Letters: B batch, T tokens, D model width, V vocabulary.
 """
 
@@ -15,7 +16,17 @@ from torch.utils.checkpoint import checkpoint
 from kalmagrove.config import Model
 from kalmagrove.nn.block import Block
 from kalmagrove.nn.norm import RMSNorm
-from kalmagrove.parallel import Groups
+from kalmagrove.parallel import (
+    Groups,
+    Linear,
+    TensorParallel,
+    VocabEmbedding,
+    all_gather,
+    all_reduce_sum,
+    cross_entropy,
+    normal_,
+    own_piece,
+)
 
 
 class ModelOutput(NamedTuple):
@@ -39,24 +50,26 @@ class Transformer(nn.Module):
         super().__init__()
         assert model.vocab_size is not None, "the tokenizer decides the vocabulary before the build"
         self.config = model
+        self.groups = groups
+        self.tp = TensorParallel.of(groups)
         self.activation_checkpointing = False
-        self.embedding = nn.Embedding(model.vocab_size, model.d_model)
+        self.embedding = VocabEmbedding(model.vocab_size, model.d_model, self.tp)
         self.blocks = nn.ModuleList(Block(model, i, groups) for i in range(model.layers))
-        self.norm = RMSNorm(model.d_model, eps=model.norm_eps)
-        self.head = (
-            None if model.tie_embeddings else nn.Linear(model.d_model, model.vocab_size, bias=False)
-        )
-        for table in (self.embedding.weight, *([self.head.weight] if self.head else [])):
-            table.kind = "embedding"  # type: ignore[attr-defined]
+        self.norm = RMSNorm(model.d_model, eps=model.norm_eps, through=self.tp.stream)
+        self.head: Linear | None = None
+        if not model.tie_embeddings:
+            shard = self.tp.piece(model.vocab_size) if groups.tp.size > 1 else None
+            self.head = Linear(model.d_model, model.vocab_size, shard)
+            self.head.weight.kind = "embedding"  # type: ignore[attr-defined]
         self._init_weights()
 
     def _init_weights(self) -> None:
         """Normal(0, std); projections into the residual stream shrink with depth (GPT-2)."""
         init = self.config.init
         out_std = init.std / math.sqrt(2 * self.config.layers) if init.depth_scaled else init.std
-        nn.init.normal_(self.embedding.weight, std=init.std)
+        normal_(self.embedding.weight, init.std)
         if self.head is not None:
-            nn.init.normal_(self.head.weight, std=init.std)
+            self.head.init_weights(init.std)
         for block in self.layers:
             block.init_weights(init.std, out_std)
 
@@ -76,12 +89,18 @@ class Transformer(nn.Module):
         """Predict the next tokens.
 
         Args:
-            tokens: int64 [B, T].
+            tokens: int64 [B, T], whole rows also with context parallelism.
             targets: int64 [B, T], -100 where there is no loss. Without them logits are returned.
             segments: int32 [B, T], the document's number within its row; attention stays inside.
             normalizer: the summed cross-entropy is divided by it; default: the number of targets.
             cache: from `init_cache`; `tokens` are then the next ones and the cache advances.
+
+        With context parallelism the loss is of this rank's piece of the rows, times the number of
+        pieces: the mean over ranks is the loss of the rows.
         """
+        cp = self.groups.cp
+        tokens = own_piece(tokens, cp, 1)
+        targets, segments = (x if x is None else own_piece(x, cp, 1) for x in (targets, segments))
         x_BTD = self.embedding(tokens)
         aux_loss = torch.zeros((), dtype=torch.float32, device=x_BTD.device)
         for i, block in enumerate(self.blocks):
@@ -91,11 +110,11 @@ class Transformer(nn.Module):
             else:
                 x_BTD, aux = block(x_BTD, segments, layer_cache)
             aux_loss = aux_loss + aux
-        x_BTD = self.norm(x_BTD)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        logits_BTV = F.linear(x_BTD, weight)
+        logits_BTV = F.linear(self.tp.enter(self.norm(x_BTD)), weight)
         if targets is None:
-            return ModelOutput(None, logits_BTV, None)
+            whole = all_gather(all_gather(logits_BTV, self.groups.tp, 2), cp, 1)
+            return ModelOutput(None, whole, None)
         loss, nll = self._loss(logits_BTV, targets, normalizer)
         if self.training:
             loss = loss + aux_loss
@@ -105,16 +124,17 @@ class Transformer(nn.Module):
         self, logits_BTV: Tensor, targets: Tensor, normalizer: float | None
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy with the logits' z-loss, and (detached) without."""
-        logits_NV, targets_N = logits_BTV.float().flatten(0, 1), targets.flatten()
-        total = F.cross_entropy(logits_NV, targets_N, ignore_index=-100, reduction="sum")
+        cp = self.groups.cp
+        total, log_z_N = cross_entropy(logits_BTV.float().flatten(0, 1), targets.flatten(), self.tp)
         nll = total.detach()
         if self.config.logit_z_loss and self.training:
-            z_N = torch.logsumexp(logits_NV, dim=-1).square() * (targets_N != -100)
-            total = total + self.config.logit_z_loss * z_N.sum()
+            total = total + self.config.logit_z_loss * log_z_N.square().sum()
         count: Tensor | float = (
-            (targets_N != -100).sum().clamp(min=1) if normalizer is None else normalizer
+            all_reduce_sum((targets != -100).sum(), cp).clamp(min=1)
+            if normalizer is None
+            else normalizer
         )
-        return total / count, nll / count
+        return cp.size * total / count, cp.size * nll / count
 
     def init_cache(self, batch: int, max_tokens: int) -> list[Any]:
         """Empty decoding state for `batch` sequences of at most `max_tokens` tokens."""
@@ -138,6 +158,18 @@ class Transformer(nn.Module):
             for module in (block.attention, block.ffn)
             for name, value in module.metrics.items()
         }
+
+    def traffic(self) -> dict[str, Tensor]:
+        """What all layers' all-to-alls sent to other ranks, and the seconds they took, since the
+        last call; nothing if there are none.
+        """
+        counts = [
+            block.ffn.traffic.drain() for block in self.layers if hasattr(block.ffn, "traffic")
+        ]
+        if self.groups.ep.size == 1 or not counts:
+            return {}
+        sent, seconds = (torch.tensor(sum(column)) for column in zip(*counts, strict=True))
+        return {"alltoall_bytes": sent, "alltoall_seconds": seconds}
 
 
 def build_model(model: Model, groups: Groups) -> Transformer:

@@ -3,6 +3,8 @@
 Used before every block and inside the attentions (per head, on queries, keys and outputs).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,14 +20,23 @@ class RMSNorm(nn.Module):
 
     From Zhang and Sennrich, arXiv:1910.07467. `forward` takes [..., width] and returns the same
     shape and type.
+
+    through: what the weight passes on its way to x, which makes its gradient whole where
+    tensor-parallel ranks apply it to different x (`TensorParallel.stream` or `.shared`); None:
+    nothing.
     """
 
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
+    def __init__(
+        self, width: int, eps: float = 1e-5, through: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.eps = eps
+        self.through = through
         self.weight = nn.Parameter(torch.ones(width))
         self.weight.kind = "norm"  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(upcast(x).dtype)
+        if self.through is not None:
+            weight = self.through(weight)
         return F.rms_norm(upcast(x), weight.shape, weight, self.eps).to(x.dtype)

@@ -1,6 +1,7 @@
-"""Process groups and collectives; the only home of megatron-core."""
+"""Process groups, collectives, tensor-parallel layers; the only home of megatron-core."""
 
 from kalmagrove.parallel.collectives import (
+    all_gather_object,
     all_reduce_max,
     all_reduce_sum,
     any_rank,
@@ -8,15 +9,59 @@ from kalmagrove.parallel.collectives import (
     broadcast_object,
     last_word,
 )
+from kalmagrove.parallel.context import ContextParallel
+from kalmagrove.parallel.differentiable import (
+    all_gather,
+    exchange,
+    gather,
+    join,
+    own_piece,
+    reduce,
+    scatter_sum,
+    shift,
+    split,
+    sum_grad,
+)
+from kalmagrove.parallel.expert import Plan, Rows, communicate, postprocess, preprocess
 from kalmagrove.parallel.groups import Group, Groups
+from kalmagrove.parallel.shard import Shard, is_expert, module_shards, normal_, shard_of
+from kalmagrove.parallel.tensor import Linear, TensorParallel, VocabEmbedding, cross_entropy
+from kalmagrove.parallel.traffic import Traffic
 
 __all__ = [
+    "ContextParallel",
     "Group",
     "Groups",
+    "Linear",
+    "Plan",
+    "Rows",
+    "Shard",
+    "TensorParallel",
+    "Traffic",
+    "VocabEmbedding",
+    "all_gather",
+    "all_gather_object",
     "all_reduce_max",
     "all_reduce_sum",
     "any_rank",
     "barrier",
     "broadcast_object",
+    "communicate",
+    "cross_entropy",
+    "exchange",
+    "gather",
+    "is_expert",
+    "join",
     "last_word",
+    "module_shards",
+    "normal_",
+    "own_piece",
+    "postprocess",
+    "preprocess",
+    "reduce",
+    "scatter_sum",
+    "shard_of",
+    "shift",
+    "split",
+    "sum_grad",
 ]

@@ -44,6 +44,15 @@ def broadcast_object(value: T, group: Group) -> T:
     return box[0]
 
 
+def all_gather_object(value: T, group: Group) -> list[T]:
+    """The value of every rank, on every rank."""
+    if group.size == 1:
+        return [value]
+    box: list[T | None] = [None] * group.size
+    dist.all_gather_object(box, value, group=group.handle)
+    return box  # type: ignore[return-value]
+
+
 def barrier(group: Group) -> None:
     if group.size > 1:
         dist.barrier(group=group.handle)

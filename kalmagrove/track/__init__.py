@@ -1,5 +1,6 @@
-"""What a run does and costs: ledger, meters, console, W&B, summary, FLOPs and memory estimates."""
+"""What a run does and costs: ledger, meters, console, W&B, summary, and estimates."""
 
+from kalmagrove.track.communication import communication_estimate
 from kalmagrove.track.cost import Cost, Spent, show_usd
 from kalmagrove.track.flops import Flops, flops_per_token
 from kalmagrove.track.ledger import History, Ledger, read_history
@@ -18,6 +19,7 @@ __all__ = [
     "Spent",
     "StepRecord",
     "build_meters",
+    "communication_estimate",
     "flops_per_token",
     "memory_estimate",
     "read_history",

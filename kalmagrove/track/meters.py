@@ -1,8 +1,9 @@
 """The observer of a training: measures, prices and writes down what the loop reports.
 
 `kalmagrove.engine.fit` calls it on every rank. Between lines it only adds on the device; every
-`track.every` steps it fetches once, reduces over the data-parallel ranks, and rank 0 writes one
-ledger line, which console and W&B show.
+`track.every` steps it fetches once, reduces over all ranks, and rank 0 writes one ledger line,
+which console and W&B show. The mean over all ranks is right for any layout: a rank with a piece of
+the rows has that piece's share of their loss, ranks with slices of one layer have the same loss.
 """
 
 import logging
@@ -27,12 +28,14 @@ from kalmagrove.track.console import Console
 from kalmagrove.track.cost import Cost, Spent, process_age
 from kalmagrove.track.energy import Energy, gpu_counter
 from kalmagrove.track.ledger import Event, Ledger, Line
-from kalmagrove.track.model_metrics import pack_metrics, to_scalars
+from kalmagrove.track.model_metrics import pack_metrics, split_metrics, to_scalars
 from kalmagrove.track.records import GridRefit, StepRecord
 from kalmagrove.track.summary import Facts, bits_per_byte, results_table, summarize, write_summary
 from kalmagrove.track.wandb_sink import WandbSink
 
 log = logging.getLogger(__name__)
+# Metrics of a step that are about communication, not about the model: per rank and step.
+COMM = ("alltoall_bytes", "alltoall_seconds")
 
 
 class Group(Protocol):
@@ -51,8 +54,6 @@ class Groups(Protocol):
 
     @property
     def world(self) -> Group: ...
-    @property
-    def dp(self) -> Group: ...
     @property
     def device(self) -> torch.device: ...
 
@@ -303,7 +304,7 @@ class Meters:
         return f"${rate:g} a {self._cost.unit}-hour ({self._run.price.name})"
 
     def _flush(self) -> None:
-        """Write the line of the steps since the last one. Collective over data-parallel ranks."""
+        """Write the line of the steps since the last one. Collective over all ranks."""
         assert self._record is not None
         record, window = self._record, self._window
         figures = self._fetch(record, window)
@@ -336,28 +337,32 @@ class Meters:
         """One transfer from the device: mean loss, gradient norm, metrics; and peak memory."""
         device = self._groups.device
         norm = float("nan") if self._grad_norm is None else self._grad_norm
+        means, largest = split_metrics(record.model_metrics)
         layout, packed = pack_metrics(
             {
                 "loss": window.loss,
                 "counted": torch.tensor(float(window.counted)),
                 "grad_norm": torch.as_tensor(norm),
                 "joules": torch.tensor(self._energy.used(), dtype=torch.float64),
-                **{f"model/{name}": value for name, value in record.model_metrics.items()},
+                **{f"model/{name}": value for name, value in means.items()},
             },
             device,
         )
-        dp = self._groups.dp
-        memory = torch.tensor(float(peak_memory(device)), dtype=torch.float64, device=device)
-        if dp.size > 1:
-            dist.all_reduce(packed, op=dist.ReduceOp.SUM, group=dp.handle)
-            dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=dp.handle)
-        values = layout.unpack((packed / dp.size).cpu())
+        memory = torch.tensor(peak_memory(device))
+        top_layout, top = pack_metrics({"peak_memory": memory, **largest}, device)
+        world = self._groups.world
+        if world.size > 1:
+            dist.all_reduce(packed, op=dist.ReduceOp.SUM, group=world.handle)
+            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=world.handle)
+        values, tops = layout.unpack((packed / world.size).cpu()), top_layout.unpack(top.cpu())
         loss, counted = values.pop("loss").item(), values.pop("counted").item()
         grad_norm = values.pop("grad_norm").item()
-        self._note_energy(values.pop("joules").item() * dp.size)
-        model = to_scalars({name.removeprefix("model/"): v for name, v in values.items()})
+        self._note_energy(values.pop("joules").item() * world.size)
+        memory = tops.pop("peak_memory")
+        model = to_scalars({name.removeprefix("model/"): v for name, v in values.items()} | tops)
         if model.get("aux_loss") == 0:
             del model["aux_loss"]  # the model has none
+        comm = {name: model.pop(name) for name in COMM if name in model}
         return {
             "loss": loss / counted if counted else None,
             "grad_norm": grad_norm,
@@ -366,14 +371,15 @@ class Meters:
             "load_cv": model.get("load_cv"),
             "out_of_range": model.get("out_of_range"),
             "model": model,
+            "comm": comm,
         }
 
     def _measure_energy(self) -> None:
-        """Collective over data-parallel ranks."""
-        dp, device = self._groups.dp, self._groups.device
+        """Collective over all ranks."""
+        world, device = self._groups.world, self._groups.device
         joules = torch.tensor(self._energy.used(), dtype=torch.float64, device=device)
-        if dp.size > 1:
-            dist.all_reduce(joules, op=dist.ReduceOp.SUM, group=dp.handle)
+        if world.size > 1:
+            dist.all_reduce(joules, op=dist.ReduceOp.SUM, group=world.handle)
         self._note_energy(joules.item())
 
     def _note_energy(self, joules: float) -> None:

@@ -30,35 +30,40 @@ def pack_metrics(metrics: Mapping[str, Tensor], device: torch.device) -> tuple[L
     return layout, torch.cat(list(flat.values()))
 
 
-def to_scalars(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Plain numbers of metrics already on the host.
+def split_metrics(metrics: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What ranks take the mean of, and what they take the maximum of.
 
-    A vector called `load` (tokens a grove received) becomes load_cv (standard deviation over mean:
-    0 is even) and load_max (largest over mean); other vectors become NAME_mean and NAME_max. A
+    A vector called `load` (tokens that groves received) is the same groves on every rank: its mean
+    is taken. Other vectors may be of each rank's own heads: they become NAME_mean and NAME_max.
+    """
+    means: dict[str, Tensor] = {}
+    largest: dict[str, Tensor] = {}
+    for name, value in metrics.items():
+        if value.ndim == 0 or name.rpartition(".")[2] == "load":
+            means[name] = value
+        else:
+            means[f"{name}_mean"], largest[f"{name}_max"] = value.mean(), value.amax()
+    return means, largest
+
+
+def to_scalars(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Plain numbers of metrics that are reduced over ranks and on the host.
+
+    A `load` becomes load_cv (standard deviation over mean: 0 is even) and load_max (largest over
+    mean) of all ranks' tokens; a router's own figures, of one rank's tokens, give way to them. A
     dotted prefix (`3.load`: layer 3) is kept, and the mean over all prefixes is added under the
     bare name.
     """
-    found: dict[str, float] = {}
-    over_prefixes: dict[str, list[float]] = {}
+    found = {name: value.item() for name, value in metrics.items() if value.numel() == 1}
     for name, value in metrics.items():
-        prefix, dot, last = name.rpartition(".")
-        for scalar, number in _reduce(last, value).items():
-            if f"{prefix}{dot}{scalar}" in metrics and value.numel() > 1:
-                continue  # the model gives the figure itself
-            found[f"{prefix}{dot}{scalar}"] = number
-            if prefix:
-                over_prefixes.setdefault(scalar, []).append(number)
+        if value.numel() > 1 and value.any():  # zeros: nothing was routed
+            mean = value.mean().item()
+            found[f"{name}_cv"] = value.std(correction=0).item() / mean
+            found[f"{name}_max"] = value.max().item() / mean
+    over_prefixes: dict[str, list[float]] = {}
+    for name, number in found.items():
+        prefix, _, last = name.rpartition(".")
+        if prefix:
+            over_prefixes.setdefault(last, []).append(number)
     means = {name: sum(values) / len(values) for name, values in over_prefixes.items()}
     return {**found, **means}
-
-
-def _reduce(name: str, value: Tensor) -> dict[str, float]:
-    if value.numel() == 1:
-        return {name: value.item()}
-    mean = value.mean().item()
-    if name == "load":
-        if mean == 0:
-            return {}
-        spread = value.std(correction=0).item()
-        return {"load_cv": spread / mean, "load_max": value.max().item() / mean}
-    return {f"{name}_mean": mean, f"{name}_max": value.max().item()}

@@ -23,7 +23,8 @@ class StepRecord:
     seconds: Mapping[str, float] = field(
         default_factory=dict
     )  # host-side split: data, compute, ...
-    # of the step's last forward pass; read only when a line is written
+    # of the step's last forward pass, the same names and sizes on every rank; read only when a line
+    # is written
     model_metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 

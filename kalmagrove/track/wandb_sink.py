@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 log = logging.getLogger(__name__)
 
-# The group of every ledger key that is charted; keys of the model's metrics go to model/.
+# The group of every ledger key that is charted; dictionaries of a line are groups of their own.
 GROUPS = {
     "loss": "train", "lr": "train", "grad_norm": "train", "skipped": "train", "step": "train",
     "val_loss": "val", "val_bits_per_byte": "val",
@@ -21,7 +21,7 @@ GROUPS = {
     "tokens_per_s": "perf", "mfu": "perf", "peak_memory": "perf", "step_seconds": "perf",
     "seconds_left": "perf",
 }  # fmt: skip
-NESTED = {"model": "model", "seconds_split": "perf"}
+NESTED = {"model": "model", "comm": "comm", "seconds_split": "perf"}
 
 
 def run_id(run_name: str, run_dir: Path) -> str:
@@ -69,7 +69,7 @@ class WandbSink:
             return
         try:
             self._run = self._init(mode, run_dir, run_name, project, entity, config, timeout)
-            for group in ("train", "val", "cost", "perf", "model"):
+            for group in ("train", "val", "cost", "perf", "model", "comm"):
                 self._run.define_metric(f"{group}/*", step_metric="tokens")
         except Exception as error:  # a dashboard's failure, of any kind, must not end a training
             self._fail(error)

@@ -1,6 +1,7 @@
 """Start a worker function in several gloo processes and get what rank 0 returns.
 
-A worker is a function of `workers.py` that takes plain arguments and returns plain data (JSON).
+A worker is a function of a module that takes plain arguments and returns plain data (JSON). Run as
+`python -m module WORKER ARGUMENTS RESULT`, the module calls it and writes rank 0's result.
 """
 
 import json
@@ -21,7 +22,12 @@ class Ranks:
     """Running processes of one worker."""
 
     def __init__(
-        self, worker: str, ranks: int, env: dict[str, str] | None = None, **arguments: Any
+        self,
+        worker: str,
+        ranks: int,
+        env: dict[str, str] | None = None,
+        module: str = "tests.dist.workers",
+        **arguments: Any,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="kalmagrove-dist-"))
         self.logs = [self.folder / f"rank-{rank}.log" for rank in range(ranks)]
@@ -36,7 +42,7 @@ class Ranks:
             "CUDA_VISIBLE_DEVICES": "",
             **(env or {}),
         }
-        command = [sys.executable, "-m", "tests.dist.workers", worker, json.dumps(arguments)]
+        command = [sys.executable, "-m", module, worker, json.dumps(arguments)]
         command.append(str(self.folder / "result.json"))
         self.processes = [
             subprocess.Popen(
@@ -76,5 +82,12 @@ class Ranks:
         return json.loads((self.folder / "result.json").read_text())
 
 
-def run_ranks(worker: str, ranks: int, *, timeout: float = 120, **arguments: Any) -> Any:
-    return Ranks(worker, ranks, **arguments).result(timeout)
+def run_ranks(
+    worker: str,
+    ranks: int,
+    *,
+    timeout: float = 120,
+    module: str = "tests.dist.workers",
+    **arguments: Any,
+) -> Any:
+    return Ranks(worker, ranks, module=module, **arguments).result(timeout)

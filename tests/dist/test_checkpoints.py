@@ -52,7 +52,7 @@ def test_damaged_foreign_and_unwritable_checkpoints(results: dict[str, Any]) -> 
         model = result["model"][rank]
         assert "model.d_model: checkpoint 12, run 16" in model
         assert "model.logit_z_loss: checkpoint 0.0, run 0.5" in model
-        assert "zero.stage: checkpoint 1, run 2" in result["layout"][rank]
+        assert result["layout"][rank] == 6, "any ZeRO stage continues it"
         assert "optim.kind: checkpoint sgd, run adamw" in result["optim"][rank]
         assert result["longer"][rank] == 6
         assert "there is no whole checkpoint in" in result["nothing"][rank]

@@ -83,6 +83,9 @@ class Toy(nn.Module):
     def metrics(self) -> dict[str, Tensor]:
         return {"bias": self.blocks[0].bias.clone()}
 
+    def traffic(self) -> dict[str, Tensor]:
+        return {}
+
 
 class Rows:
     """Seeded rows with uneven masks; rank r's micro-batch j of step s holds rows (j * dp + r)."""

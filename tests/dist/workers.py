@@ -196,8 +196,9 @@ def refusals(groups: Groups, folder: str) -> dict[str, Any]:
         except CheckpointError as error:
             return _everywhere(str(error), groups)
 
+    whole = {"resume": str(run_dir / "checkpoints" / "step-000006")}
     result["model"] = attempt(model={"d_model": 16, "logit_z_loss": 0.5})
-    result["layout"] = attempt(zero={"stage": 2})
+    result["layout"] = attempt(run_dir.parent / "other", zero={"stage": 2}, checkpoint=whole)
     result["optim"] = attempt(optim={"kind": "adamw"})
     result["longer"] = attempt(steps=9, optim={"lr": 0.1})
     nothing = {"resume": str(run_dir.parent / "elsewhere")}
@@ -208,7 +209,7 @@ def refusals(groups: Groups, folder: str) -> dict[str, Any]:
     )
     victim = run_dir / "checkpoints" / "step-000006"
     if groups.is_main:
-        shard = sorted(victim.glob("*optim_states.pt"))[-1]
+        shard = sorted(victim.glob("shard-*"))[-1]
         os.truncate(shard, shard.stat().st_size - 10)
         (run_dir / "checkpoints" / "step-000008.tmp").mkdir()
     barrier(groups.world)

@@ -1,4 +1,4 @@
-"""Finding, verifying, rotating and comparing checkpoints, and restricted loading."""
+"""Finding, verifying, rotating and comparing checkpoints; files with checksums."""
 
 import copy
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kalmagrove.config import CheckpointError
 from kalmagrove.engine.checkpoint import load_weights
@@ -22,7 +23,7 @@ from kalmagrove.engine.checkpoint_files import (
     step_folder,
     write_json,
 )
-from kalmagrove.engine.compat import ChecksumFile
+from kalmagrove.engine.tensor_files import FileWriter, Stored, TensorReader, write_tensors
 
 pytestmark = pytest.mark.unit
 RUN = {
@@ -33,7 +34,7 @@ RUN = {
 }
 HERE = {
     "run": RUN,
-    "layout": {"world_size": 2, "zero.stage": 1},
+    "layout": {"world": 2, "zero.stage": 1},
     "parameters": "abc",
     "batches": {"samples": 80, "data": "f00"},
 }
@@ -42,8 +43,8 @@ HERE = {
 def checkpoint(folder: Path, step: int) -> Path:
     path = step_folder(folder, step)
     path.mkdir(parents=True)
-    torch.save({"w": torch.ones(3)}, path / "rank-0.pt")
-    files = {"rank-0.pt": checksum(path / "rank-0.pt")}
+    torch.save({"w": torch.ones(3)}, path / "shard-00000.safetensors")
+    files = {"shard-00000.safetensors": checksum(path / "shard-00000.safetensors")}
     write_json(path / "state.json", {"format": FORMAT, "step": step, "files": files})
     return path
 
@@ -69,30 +70,31 @@ def test_whole_checkpoints_have_no_faults(tmp_path: Path) -> None:
 
 def test_damage_is_named(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, 1)
-    file = path / "rank-0.pt"
+    file = path / "shard-00000.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[:-10])
-    expected = f"rank-0.pt has {len(data) - 10} bytes instead of {len(data)}"
+    expected = f"shard-00000.safetensors has {len(data) - 10} bytes instead of {len(data)}"
     assert faults(path) == [expected]
     file.write_bytes(data[:-10] + bytes(10))
-    assert faults(path) == ["rank-0.pt has a wrong checksum"]
+    assert faults(path) == ["shard-00000.safetensors has a wrong checksum"]
     file.unlink()
-    assert faults(path) == ["rank-0.pt is missing"]
+    assert faults(path) == ["shard-00000.safetensors is missing"]
     (path / "state.json").write_text('{"format": 1, "files"')
     assert "state.json cannot be read" in faults(path)[0]
 
 
 def test_ranks_share_the_reading(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, 1)
-    (path / "rank-0.pt").unlink()
+    (path / "shard-00000.safetensors").unlink()
     assert [len(faults(path, rank, 3)) for rank in range(3)] == [1, 0, 0]
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, 1)
-    write_json(path / "state.json", {"format": FORMAT + 1})
-    with pytest.raises(CheckpointError, match=f"has format {FORMAT + 1}"):
-        read_state(path)
+    write_json(path / "state.json", {"format": FORMAT - 1, "files": {}})
+    for read in (read_state, faults):
+        with pytest.raises(CheckpointError, match=f"has format {FORMAT - 1}; .*reads format"):
+            read(path)
 
 
 def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
@@ -141,8 +143,8 @@ def changed(*path_and_value: Any) -> dict[str, Any]:
         (changed("run", "model", "new_setting", 1), []),
         (changed("run", "model", "d_model", 128), ["model.d_model: checkpoint 256, run 128"]),
         (changed("run", "optim", "kind", "sgd"), ["optim.kind: checkpoint adamw, run sgd"]),
-        (changed("layout", "world_size", 4), ["world_size: checkpoint 2, run 4"]),
-        (changed("layout", "zero.stage", 3), ["zero.stage: checkpoint 1, run 3"]),
+        (changed("layout", "world", 4), []),
+        (changed("layout", "zero.stage", 3), []),
         (changed("batches", "data", "ba4"), ["batches.data: checkpoint f00, run ba4"]),
         (
             changed("run", "data", "tokenizer", "vocab_size", 300),
@@ -163,16 +165,43 @@ def test_other_parameters_under_the_same_settings_are_noticed() -> None:
     assert "names or shapes differ" in differences(HERE, changed("parameters", "xyz"))[0]
 
 
-def test_checksums_are_taken_while_writing(tmp_path: Path) -> None:
-    with ChecksumFile(tmp_path / "a.pt") as file:
-        torch.save({"w": torch.arange(5000), "n": [1, "x"]}, file)
-    assert (file.size, file.checksum) == checksum(tmp_path / "a.pt")
-    assert torch.equal(torch.load(tmp_path / "a.pt")["w"], torch.arange(5000))
+def test_tensors_are_written_as_safetensors_with_their_checksum(tmp_path: Path) -> None:
+    tensors = {
+        "flags": torch.tensor([True, False, True]),
+        "w": torch.randn(3, 5).T,
+        "low": torch.randn(7).bfloat16(),
+        "one": torch.tensor(2.5, dtype=torch.float64),
+        "none": torch.empty(0, 4),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+    }
+    path = tmp_path / "a.safetensors"
+    stored = {name: Stored.of(tensor) for name, tensor in tensors.items()}
+    assert write_tensors(path, stored, {"note": "x"}) == checksum(path)
+    loaded = load_file(path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor), name
+    reader = TensorReader(tmp_path)
+    assert reader.metadata(path.name) == {"note": "x"}
+    assert torch.equal(reader.read(path.name, "low", 2, 5), tensors["low"][2:5])
+    with pytest.raises(CheckpointError, match="other"):
+        reader.shape(path.name, "other")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        reader.keys("missing.safetensors")
+
+
+def test_a_write_that_fails_is_kept_and_ends_writing(tmp_path: Path) -> None:
+    files = FileWriter(tmp_path / "missing")
+    files.json("a.json", {})
+    assert isinstance(files.error, FileNotFoundError)
+    (tmp_path / "missing").mkdir()
+    files.json("a.json", {})
+    assert names(tmp_path / "missing") == []
+    assert files.written == {}
 
 
 def test_weights_of_nothing_and_of_another_model(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         load_weights(tmp_path, torch.nn.Linear(2, 2))
     path = step_folder(tmp_path, 1)

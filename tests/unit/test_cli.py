@@ -50,6 +50,8 @@ def test_help_and_cfg_of_every_verb(verb: str, capsys: pytest.CaptureFixture) ->
         (["steps"], "argument='steps' is not of the form key=value"),
         (["steps=[1"], "steps"),
         (["model=kan_tiny", "model.attention.ada.heads=5"], "must divide model.d_model=64"),
+        (["parallel.tp=4"], "parallel.tp=4 must divide model.attention.softmax.kv_heads=2; try 2"),
+        (["parallel.tp=2"], "must divide the number of processes=1; try parallel.tp=1, or 2 proc"),
         (["--config", "/does/not/exist.yaml"], "--config=/does/not/exist.yaml cannot be read"),
         (["--config=/does/not/exist.yaml"], "--config=/does/not/exist.yaml cannot be read"),
         (["--config", "a.yaml", "steps=3"], "takes one file and no overrides"),
@@ -84,6 +86,22 @@ def test_dry_run_shows_the_plan(capsys: pytest.CaptureFixture) -> None:
     for word in ("embedding", "attention", "ffn", "active", "memory"):
         assert word in out.lower(), word
     assert f"{7 * 16384:,}" in out
+
+
+def test_dry_run_shows_the_layout(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = ["ffn=grove", "parallel.tp=2", "parallel.ep=4", "parallel.sequence=true"]
+    assert main(["train", "--dry-run", *words, "launch.nproc=8", "zero=stage2"]) == 0
+    out = capsys.readouterr().out
+    assert "8 ranks: tp 2 x cp 1 x dp 4; ep 4 x expert_dp 2; sequence; ZeRO 2" in out
+    assert "Memory of a rank, fp32" in out
+    sent = out.partition("Sent by a rank in a step, fp32")[2]
+    for word in ("tensor parallel", "groves and experts", "gradients", "parameters (ZeRO)"):
+        assert word in sent
+    assert main(["train", "--dry-run", "model=kan_tiny"]) == 0
+    assert "Sent by" not in capsys.readouterr().out, "one process sends nothing"
 
 
 @functools.cache
@@ -187,6 +205,20 @@ def test_gpus_may_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (info,) = [w for w in launch._launcher(run, 2) if w.startswith("--world_info=")]
     decoded = launch.base64.urlsafe_b64decode(info.partition("=")[2])
     assert launch.json.loads(decoded) == {"localhost": ["GPU-1f", "GPU-2e"]}
+
+
+def test_as_many_gpus_as_the_layout_goes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    run = tiny(tmp_path, "launch.nproc=auto", "parallel.cp=2")
+    assert launch.world_size(run) == 2
+    assert "using 2 of 3 GPUs, over which the layout and batch.tokens=16384" in (
+        capsys.readouterr().err
+    )
+    too_wide = tiny(tmp_path, "launch.nproc=auto", "parallel.cp=4")
+    with pytest.raises(ConfigError, match=r"=4 must divide .* processes=3; try .*, or 4 processes"):
+        too_wide.check_world(launch.world_size(too_wide))
 
 
 def test_exit_codes() -> None:

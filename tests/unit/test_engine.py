@@ -69,7 +69,7 @@ def test_the_loss_reported_is_the_cross_entropy_alone(router: float, logit: floa
     aux_loss = float(engine.metrics["aux_loss"])
     if router or logit:
         assert aux_loss == pytest.approx(whole - alone, rel=1e-3)
-        assert aux_loss > 1e-3
+        assert aux_loss > 1e-4  # far above rounding
     else:
         assert aux_loss == 0
 

@@ -22,7 +22,7 @@ from kalmagrove.config import (
 from kalmagrove.config.counts import ffn_count
 from kalmagrove.nn import ffn as ffn_module
 from kalmagrove.nn.ffn import FFNOutput, build_ffn, resolve_backend
-from kalmagrove.parallel import Groups
+from kalmagrove.parallel import Groups, Shard, is_expert, module_shards
 
 pytestmark = pytest.mark.unit
 
@@ -99,6 +99,30 @@ def test_same_seed_same_weights() -> None:
         module.init_weights(0.02, 0.01)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layer", range(4), ids=KINDS)
+@pytest.mark.parametrize("basis", ["bspline", "rational"])
+def test_constructors_draw_no_random_numbers(layer: int, basis: str) -> None:
+    before = torch.get_rng_state()
+    build_ffn(model(basis, base="none"), layer, Groups.single())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("layer", range(4), ids=KINDS)
+def test_groves_and_experts_are_tagged_on_one_process_too(layer: int) -> None:
+    built = build_ffn(model(), layer, Groups.single())
+    stacked = {
+        "moe": {"gate": 6, "up": 6, "down": 6},
+        "grove": dict.fromkeys(("edges", "edge.coef", "edge.scale", "edge.range", "u", "v"), 4),
+    }
+    expected = stacked.get(KINDS[layer], {})
+    assert dict(module_shards(built)) == {
+        name: Shard("ep", 0, 0, count, count) for name, count in expected.items()
+    }
+    assert {n for n, p in built.named_parameters() if is_expert(p)} == set(expected) - {
+        "edge.range"
+    }
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])

@@ -19,7 +19,7 @@ def layer(width: int = WIDTH, **changes: object) -> GroveLayer:
     torch.manual_seed(0)
     body = KAN(edges=6, top_k=2, rank=3, edge=Edge(init_scale=0.5))
     config = Grove(**{"groves": 4, "top_g": 2, "edge_manifold": 5, "kan": body, **changes})
-    module = GroveLayer(width, config)
+    module = GroveLayer(width, config, Groups.single())
     module.init_weights(0.5, 0.5)
     with torch.no_grad():
         module.gate_bias.normal_()
@@ -28,7 +28,8 @@ def layer(width: int = WIDTH, **changes: object) -> GroveLayer:
 
 def single(module: GroveLayer, grove: int) -> KANLayer:
     """One grove as a layer of its own."""
-    kan = KANLayer(module.edges.shape[-1], module.config.kan).to(module.edges.dtype)
+    width, dtype = module.edges.shape[-1], module.edges.dtype
+    kan = KANLayer(width, module.config.kan, Groups.single()).to(dtype)
     with torch.no_grad():
         kan.edges.copy_(module.edges[grove])
         kan.v.copy_(module.v[grove])
@@ -162,8 +163,8 @@ def test_z_loss_is_the_mean_square_of_the_logits() -> None:
 def test_gates_start_near_one_and_the_sum_varies_as_one_layer() -> None:
     torch.manual_seed(0)
     body = KAN(edges=32, top_k=8, rank=16)
-    grove = GroveLayer(64, Grove(groves=4, top_g=2, kan=body))
-    kan = KANLayer(64, body)
+    grove = GroveLayer(64, Grove(groves=4, top_g=2, kan=body), Groups.single())
+    kan = KANLayer(64, body, Groups.single())
     x = torch.randn(1, 512, 64)
     spread = []
     for module in (grove, kan):

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from kalmagrove.config import KAN, Edge
 from kalmagrove.nn.baselines import DenseFFN
 from kalmagrove.nn.kan import KANLayer
+from kalmagrove.parallel import Groups
 from kalmagrove_kernels.edge import bspline_bases
 
 pytestmark = pytest.mark.unit
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.unit
 def layer(width: int = 12, **changes: object) -> KANLayer:
     torch.manual_seed(0)
     config = KAN(**{"edges": 9, "top_k": 3, "rank": 4, "edge": Edge(init_scale=0.5), **changes})
-    module = KANLayer(width, config)
+    module = KANLayer(width, config, Groups.single())
     module.init_weights(0.5, 0.5)
     return module
 
@@ -94,8 +95,9 @@ def test_output_varies_as_that_of_a_dense_layer_of_equal_active_size(
     kan = KANLayer(
         width,
         KAN(edges=edges, top_k=k, rank=rank, inner_silu=inner_silu, routing=routing),
+        Groups.single(),
     )
-    dense = DenseFFN(width, (edges + 2 * k * rank) // 3)
+    dense = DenseFFN(width, (edges + 2 * k * rank) // 3, Groups.single())
     x = torch.randn(1, 512, width)
     spread = []
     for module in (kan, dense):

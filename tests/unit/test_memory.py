@@ -3,16 +3,20 @@
 from typing import Any
 
 import pytest
+import torch
 from tiny_run import make_run
 
-from kalmagrove.config.counts import parameter_count
+from kalmagrove.config import Run
+from kalmagrove.config.counts import held_parameters, parameter_count
+from kalmagrove.nn import build_model
+from kalmagrove.parallel import Group, Groups, is_expert
 from kalmagrove.track import memory_estimate
 
 pytestmark = pytest.mark.unit
 
 
-def estimate(dp: int = 1, precision: str = "fp32", **sections: Any) -> dict[str, int]:
-    return dict(memory_estimate(make_run(**sections), dp, precision))
+def estimate(processes: int = 1, precision: str = "fp32", **sections: Any) -> dict[str, int]:
+    return dict(memory_estimate(make_run(**sections), processes, precision))
 
 
 N = parameter_count(make_run().model).total
@@ -23,7 +27,7 @@ N = parameter_count(make_run().model).total
     [(1, 2 * N, 6 * N, 3 * N), (2, 2 * N, 6 * N // 4, 3 * N), (3, N // 2, 6 * N // 4, 3 * N)],
 )
 def test_zero_shards_by_stage(stage: int, weights: int, gradients: int, states: int) -> None:
-    rows = estimate(dp=4, precision="bf16", zero={"stage": stage})
+    rows = estimate(processes=4, precision="bf16", zero={"stage": stage})
     assert rows["parameters"] == weights
     assert rows["gradients"] == gradients
     assert rows["optimizer states"] == states
@@ -49,3 +53,77 @@ def test_activations_grow_with_the_rows_and_shrink_with_checkpointing(
     assert two["logits and loss"] == 2 * one["logits and loss"]
     again = estimate(model=model, engine={"activation_checkpointing": True})
     assert again["activations"] < one["activations"] / 2
+
+
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2)]
+KINDS = [
+    ("ada", "kan", {}),
+    ("ada", "grove", {"kernel": "ode", "output_norm": False, "decay": "fixed"}),
+    ("softmax", "moe", {}),
+    ("mla", "dense", {}),
+    ("mla", "grove", {}),
+]
+
+
+def fake_groups(tp: int, cp: int, ep: int) -> Groups:
+    """The first of 8 ranks under a layout, without processes: building does not communicate."""
+
+    def group(size: int) -> Group:
+        return Group(None, 0, size, tuple(range(size)))
+
+    dp = 8 // tp // cp
+    return Groups(
+        world=group(8), tp=group(tp), cp=group(cp), dp=group(dp), dp_cp=group(dp * cp),
+        ep=group(ep), expert_dp=group(8 // ep), device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("attention", "ffn", "switches"), KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_rank_holds_what_its_modules_do(
+    attention: str, ffn: str, switches: dict[str, Any], layout: tuple[int, int, int], tied: bool
+) -> None:
+    tp, cp, ep = layout
+    ep = ep if ffn in ("moe", "grove") else 1
+    run = wide_run(attention, ffn, tied, switches, {"tp": tp, "cp": cp, "ep": ep})
+    model = build_model(run.model, fake_groups(tp, cp, ep))
+    dense = sum(p.numel() for p in model.parameters() if not is_expert(p))
+    routed = sum(p.numel() for p in model.parameters() if is_expert(p))
+    assert held_parameters(run.model, tp, ep) == (dense, routed)
+    rows = dict(memory_estimate(run, 8, "fp32"))
+    assert rows["parameters"] == 4 * (dense + routed)
+    assert rows["optimizer states"] == 12 * dense // (8 // tp) + 12 * routed // (8 // ep)
+
+
+def wide_run(
+    attention: str,
+    ffn: str,
+    tied: bool = True,
+    switches: dict[str, Any] | None = None,
+    parallel: dict[str, Any] | None = None,
+) -> Run:
+    """Sizes that every layout of `LAYOUTS` divides."""
+    model = make_run().model.model_dump() | {"d_model": 16, "layers": 2, "tie_embeddings": tied}
+    model["attention"]["pattern"], model["ffn"]["pattern"] = [attention], [ffn]
+    model["attention"]["ada"] |= {"heads": 4, **(switches or {})}
+    model["attention"]["softmax"] |= {"heads": 4, "kv_heads": 4}
+    model["attention"]["mla"] |= {"heads": 4, "q_rank": 6}
+    model["ffn"]["kan"]["rank"] = model["ffn"]["grove"]["kan"]["rank"] = 4
+    model["ffn"]["moe"] |= {"experts": 4, "shared_hidden": 4}
+    model["ffn"]["grove"]["groves"] = 4
+    sections = {"data": {"seq_len": 64}, "batch": {"tokens": 512}, "zero": {"stage": 1}}
+    return make_run(model=model, parallel=parallel or {}, **sections)
+
+
+@pytest.mark.parametrize("attention", ["ada", "softmax", "mla"])
+@pytest.mark.parametrize("ffn", ["dense", "moe", "kan", "grove"])
+def test_activations_shrink_with_every_dimension(attention: str, ffn: str) -> None:
+    def activations(**parallel: Any) -> int:
+        rows = memory_estimate(wide_run(attention, ffn, parallel=parallel), 8, "bf16")
+        return dict(rows)["activations"]
+
+    whole = activations()
+    assert whole / 4 < activations(tp=4) < whole, "norms and residuals stay whole"
+    assert whole / 4 <= activations(tp=4, sequence=True) < activations(tp=4)
+    assert activations(cp=4) < whole / 2

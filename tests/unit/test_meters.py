@@ -16,7 +16,7 @@ from torch import Tensor
 from kalmagrove.config import Run
 from kalmagrove.parallel import Groups
 from kalmagrove.track import GridRefit, Meters, StepRecord, build_meters, read_history
-from kalmagrove.track.model_metrics import to_scalars
+from kalmagrove.track.model_metrics import split_metrics, to_scalars
 
 pytestmark = pytest.mark.unit
 
@@ -205,20 +205,39 @@ def test_a_held_out_loss_that_is_not_finite_is_shown_and_warned_of(
 
 
 def test_metrics_become_scalars() -> None:
-    found = to_scalars(
+    means, largest = split_metrics(
         {
             "0.load": torch.tensor([2.0, 2.0]),
             "1.load": torch.tensor([0.0, 4.0]),
-            "time_constant": torch.tensor([4.0, 8.0]),
+            "0.time_constant": torch.tensor([4.0, 8.0]),
+            "1.time_constant": torch.tensor([16.0]),  # a rank with one head
+            "1.dropped": torch.tensor(0.25),
         }
     )
-    assert found == {
+    assert largest == {"0.time_constant_max": 8.0, "1.time_constant_max": 16.0}
+    assert to_scalars(means | largest) == {
         "0.load_cv": 0.0, "0.load_max": 1.0, "1.load_cv": 1.0, "1.load_max": 2.0,
-        "load_cv": 0.5, "load_max": 1.5, "time_constant_mean": 6.0, "time_constant_max": 8.0,
+        "load_cv": 0.5, "load_max": 1.5,
+        "0.time_constant_mean": 6.0, "0.time_constant_max": 8.0,
+        "1.time_constant_mean": 16.0, "1.time_constant_max": 16.0,
+        "time_constant_mean": 11.0, "time_constant_max": 12.0,
+        "1.dropped": 0.25, "dropped": 0.25,
     }  # fmt: skip
-    own = {"load": torch.tensor([0.0, 4.0]), "load_cv": torch.tensor([0.25])}
-    assert to_scalars(own) == {"load_cv": 0.25, "load_max": 2.0}, "the model's own figure stands"
+    own = {"load": torch.tensor([0.0, 4.0]), "load_cv": torch.tensor(0.25)}
+    assert to_scalars(own) == {"load_cv": 1.0, "load_max": 2.0}, "a rank's is of its own tokens"
     assert to_scalars({"load": torch.zeros(4)}) == {}, "nothing was routed"
+
+
+def test_communication_is_told_apart_from_the_model(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    session.meters.start(0, 0)
+    sent = {"alltoall_bytes": torch.tensor(1e6), "alltoall_seconds": torch.tensor(0.5)}
+    session.step(2, model_metrics={**sent, "0.dropped": torch.tensor(0.125)})
+    session.step(4)
+    first, second = session.lines("step")
+    assert first["comm"] == {"alltoall_bytes": 1e6, "alltoall_seconds": 0.5}
+    assert first["model"] == {"0.dropped": 0.125, "dropped": 0.125}
+    assert (second["comm"], second["model"]) == ({}, {})
 
 
 def kill_and_resume(tmp_path: Path) -> Session:

@@ -82,7 +82,7 @@ def test_nesterov_momentum_and_decoupled_decay() -> None:
     parameter = torch.nn.Parameter(torch.randn(4, 4))
     start = parameter.detach().clone()
     grads = torch.randn(2, 4, 4)
-    muon = optimizer({"params": [parameter], "name": "muon", "muon": True, "weight_decay": 0.5})
+    muon = optimizer({"params": [parameter], "label": "muon", "muon": True, "weight_decay": 0.5})
     expected, momentum = start, torch.zeros(4, 4)
     for grad in grads:
         parameter.grad = grad.clone()
@@ -108,7 +108,7 @@ def test_the_rest_is_adamw() -> None:
 
 def test_without_gradient_nothing_moves() -> None:
     parameter = torch.nn.Parameter(torch.ones(2, 2))
-    muon = optimizer({"params": [parameter], "name": "muon", "muon": True, "weight_decay": 0.5})
+    muon = optimizer({"params": [parameter], "label": "muon", "muon": True, "weight_decay": 0.5})
     muon.step()
     assert torch.equal(parameter, torch.ones(2, 2))
     assert not muon.state

@@ -5,8 +5,12 @@ import torch
 from torch import nn
 
 from kalmagrove.config import ConfigError, Optim
+from kalmagrove.engine.compat import tag_parallel
 from kalmagrove.engine.optim import build_optimizer
 from kalmagrove.engine.param_groups import parameter_groups, parameter_kind
+from kalmagrove.nn.grove import GroveLayer
+from kalmagrove.parallel import Group, Groups
+from tests.unit.tiny_run import make_run
 
 pytestmark = pytest.mark.unit
 TAGS = {"norm": (4,), "spline": (3, 4), "kernel": (2, 2), "embedding": (6, 4), "decay": (2, 3)}
@@ -30,17 +34,17 @@ def names(optim: Optim) -> dict[str, tuple[float, float, set[str]]]:
     found: dict[str, tuple[float, float, set[str]]] = {}
     for g in parameter_groups(model, optim):
         members = {of[id(p)] for p in g["params"]}
-        kind = g["name"].split(".")[0]  # decay, decay.0, ...: see the test of alignment
+        kind = g["label"].split(".")[0]  # decay, decay.0, ...: see the test of alignment
         found[kind] = (g["lr"], g["weight_decay"], found.get(kind, (0, 0, set()))[2] | members)
     return found
 
 
 def test_parameters_laid_end_to_end_stay_aligned() -> None:
     groups = parameter_groups(Tagged(), Optim())
-    assert len({g["name"] for g in groups}) == len(groups)
+    assert len({g["label"] for g in groups}) == len(groups)
     for group in groups:
         sizes = [p.numel() for p in group["params"]]
-        assert len(sizes) == 1 or all(size % 8 == 0 for size in sizes), group["name"]
+        assert len(sizes) == 1 or all(size % 8 == 0 for size in sizes), group["label"]
 
 
 def test_untagged_parameters_go_by_their_dimensions() -> None:
@@ -89,3 +93,23 @@ def test_every_optimizer_moves_every_trainable_parameter(kind: str) -> None:
     optimizer.step()
     still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
     assert still == {"frozen"}
+
+
+def test_groves_on_other_ranks_form_groups_of_their_own() -> None:
+    """Under the names DeepSpeed reads; the router, which all ranks hold, stays with the others."""
+    one = Group.alone()
+    two = Group(None, 0, 2, (0, 1))
+    groups = Groups(two, one, one, two, two, two, one, torch.device("cpu"))
+    run = make_run()
+    layer = GroveLayer(8, run.model.ffn.grove, groups)
+    names = {id(p): name for name, p in layer.named_parameters()}
+    tag_parallel(layer, groups)
+    found = parameter_groups(layer, Optim())
+    moe = {names[id(p)] for g in found if g.get("moe") for p in g["params"]}
+    assert moe == {"edges", "v", "u", "edge.coef", "edge.scale"}
+    assert all(g["name"] == "ep_size_2" for g in found if g.get("moe"))
+    assert len({g["label"] for g in found}) == len(found)
+    everything = [names[id(p)] for g in found for p in g["params"]]
+    assert sorted(everything) == sorted(names.values())
+    tag_parallel(alone := GroveLayer(8, run.model.ffn.grove, Groups.single()), Groups.single())
+    assert not any(g.get("moe") for g in parameter_groups(alone, Optim()))

@@ -60,7 +60,7 @@ def test_the_function_stays_and_the_data_come_into_range() -> None:
     assert grids["0"].before == pytest.approx(shares["0.out_of_range"])
     for grid in grids.values():
         assert grid.after < 0.01 < 0.05 < grid.before
-        assert 0 < grid.error < 0.1
+        assert 0 < grid.error < 0.15
     metrics = own.module.metrics()
     assert all(metrics[f"{i}.out_of_range"] < 0.01 < shares[f"{i}.out_of_range"] for i in (0, 1))
     moved = engine(span=1.5)  # the same ranges with the old coefficients

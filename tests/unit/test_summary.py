@@ -239,10 +239,11 @@ def test_wandb_is_fed_the_whole_history_under_one_id(
 def test_charts_hold_numbers_only() -> None:
     line = {
         "event": "step", "step": 2, "loss": None, "mfu": None, "lr": 0.1, "val_loss": 2.0,
-        "model": {"load_cv": 0.5}, "seconds_split": {"data": 1.0},
+        "model": {"load_cv": 0.5}, "seconds_split": {"data": 1.0}, "comm": {"alltoall_bytes": 8.0},
     }  # fmt: skip
     assert charted(line) == {
-        "train/step": 2, "train/lr": 0.1, "model/load_cv": 0.5, "perf/data": 1.0
+        "train/step": 2, "train/lr": 0.1, "model/load_cv": 0.5, "perf/data": 1.0,
+        "comm/alltoall_bytes": 8.0,
     }  # fmt: skip
     assert charted({"event": "checkpoint", "step": 2}) == {}
 

@@ -3,7 +3,9 @@
 One of the attentions a block can hold; the sum over tokens itself is `kalmagrove_kernels.ada`.
 
 Legend: B batch, T tokens, D model, H heads, R width of the widest query/key head, V width of a
-value head, C the key channels that exist (the sum of the heads' ranks), P taps.
+value head, C the key channels that exist (the sum of the heads' ranks), P taps. With tensor
+parallelism H and C are those of a rank (R is that of all heads), with context parallelism T is its
+piece.
 """
 
 import math
@@ -15,9 +17,26 @@ from torch.nn import functional as F
 
 from kalmagrove.config import ConfigError, Model
 from kalmagrove.nn.attention.key_kernel import build_taps, convolve
+from kalmagrove.nn.common import parameter
 from kalmagrove.nn.norm import RMSNorm, upcast
 from kalmagrove.nn.rope import rotary_angles, rotate
-from kalmagrove_kernels.ada import chunked, quadratic, recurrent
+from kalmagrove.parallel import (
+    ContextParallel,
+    Groups,
+    Linear,
+    Shard,
+    TensorParallel,
+    all_gather,
+    gather,
+)
+from kalmagrove_kernels.ada import (
+    chunked,
+    end_state,
+    entering_state,
+    from_state,
+    quadratic,
+    recurrent,
+)
 
 
 @dataclass
@@ -43,10 +62,13 @@ class ADA(nn.Module):
     they are scattered into heads padded with zeros. d is `head_dim` whatever the ranks, as a
     rank-r head stands for a factorised full one.
 
+    With context parallelism a rank attends within its piece. From the rank before it gets the keys
+    that the convolution reaches, from all ranks the states that their pieces end in.
+
     Raises ConfigError for a backend other than auto and reference.
     """
 
-    def __init__(self, model: Model, layer: int) -> None:
+    def __init__(self, model: Model, layer: int, groups: Groups) -> None:
         super().__init__()
         config = model.attention.ada
         if model.backend not in ("auto", "reference"):
@@ -54,29 +76,38 @@ class ADA(nn.Module):
                 "model.backend", model.backend, "does not exist for attention=ada", "use auto"
             )
         self.config = config
-        self.heads = config.heads
+        self.tp, self.cp = TensorParallel.of(groups), ContextParallel.of(groups)
         self.head_dim = config.head_dim or model.d_model // config.heads
         self.scale = self.head_dim**-0.5
         self.norm_eps = model.norm_eps
-        self.ranks = self._head_ranks(model, layer)
-        self.width = max(self.ranks)
-        channels, values = sum(self.ranks), self.heads * self.head_dim
-        self.w_q = nn.Linear(model.d_model, channels, bias=False)
-        self.w_k = nn.Linear(model.d_model, channels, bias=False)
-        self.w_v = nn.Linear(model.d_model, values, bias=False)
-        self.w_g = nn.Linear(model.d_model, values, bias=False) if config.output_gate else None
-        self.w_o = nn.Linear(values, model.d_model, bias=False)
-        self.kernel = build_taps(config.kernel, channels, config.taps, config.ode_hidden)
-        self.output_norm = RMSNorm(self.head_dim, model.norm_eps) if config.output_norm else None
+        self.own_heads = self.tp.piece(config.heads)
+        self.heads = self.own_heads.length
+        all_ranks = self._head_ranks(model, layer)
+        self.width = max(all_ranks)
+        first = self.own_heads.start
+        self.ranks = all_ranks[first : first + self.heads]
+        channels = Shard("tp", 0, sum(all_ranks[:first]), sum(self.ranks), sum(all_ranks))
+        inner = config.heads * self.head_dim
+        values = self.tp.piece(inner)
+        self.w_q = Linear(model.d_model, channels.whole, channels)
+        self.w_k = Linear(model.d_model, channels.whole, channels)
+        self.w_v = Linear(model.d_model, inner, values)
+        self.w_g = Linear(model.d_model, inner, values) if config.output_gate else None
+        self.w_o = Linear(inner, model.d_model, self.tp.piece(inner, dim=1))
+        self.kernel = build_taps(config.kernel, channels, config.taps, config.ode_hidden, self.tp)
+        self.output_norm: RMSNorm | None = None
+        if config.output_norm:
+            self.output_norm = RMSNorm(self.head_dim, model.norm_eps, self.tp.shared)
         self.log_rate_H: nn.Parameter | None = None
         if config.decay == "learned":
-            self.log_rate_H = nn.Parameter(self._first_log_rates(None))
-            self.log_rate_H.kind = "kernel"  # type: ignore[attr-defined]
+            self.log_rate_H = parameter(self.heads, kind="kernel")
+            if self.heads < config.heads:
+                self.log_rate_H.shard = self.own_heads  # type: ignore[attr-defined]
         self.rank_H: Tensor | None
         self.slot_S: Tensor | None
-        uneven = len(set(self.ranks)) > 1
-        self.register_buffer("rank_H", torch.tensor(self.ranks) if uneven else None, False)
-        self.register_buffer("slot_S", self._slots() if uneven else None, False)
+        padded = min(self.ranks) < self.width
+        self.register_buffer("rank_H", torch.tensor(self.ranks) if padded else None, False)
+        self.register_buffer("slot_S", self._slots() if padded else None, False)
         self.metrics: dict[str, Tensor] = {}
 
     def init_weights(self, std: float, out_std: float) -> None:
@@ -86,8 +117,8 @@ class ADA(nn.Module):
         """
         for linear in (self.w_q, self.w_k, self.w_v, self.w_g):
             if linear is not None:
-                nn.init.normal_(linear.weight, std=std)
-        nn.init.normal_(self.w_o.weight, std=out_std)
+                linear.init_weights(std)
+        self.w_o.init_weights(out_std)
         if self.kernel is not None:
             self.kernel.init_weights()
         if self.output_norm is not None:
@@ -100,6 +131,7 @@ class ADA(nn.Module):
         self, batch: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype
     ) -> ADACache:
         """An empty past. `max_tokens` sets no size here: the state is O(1)."""
+        assert self.tp.group.size == self.cp.group.size == 1
         state = torch.zeros(batch, self.heads, self.width, self.head_dim, device=device)
         before = self.config.taps - 1 if self.kernel is not None else 0
         tail = torch.zeros(batch, before, sum(self.ranks), device=device, dtype=dtype)
@@ -114,14 +146,16 @@ class ADA(nn.Module):
         """
         if segments_BT is not None and cache is not None:
             raise ValueError("segments and a cache exclude each other")
-        start = cache.tokens if cache is not None else 0
+        x_BTD = self.tp.enter(x_BTD)
         q_BTHR = self._heads(self.w_q(x_BTD))
         k_BTHR = self._heads(self._convolved(self.w_k(x_BTD), segments_BT, cache))
         if self.config.qk_norm:
             q_BTHR, k_BTHR = self._normalise(q_BTHR), self._normalise(k_BTHR)
         if self.config.rope:
+            tokens = x_BTD.shape[1]
+            start = cache.tokens if cache is not None else self.cp.start(tokens)
             angles = rotary_angles(
-                start, x_BTD.shape[1], self.width, self.config.rope_theta, x_BTD.device, self.rank_H
+                start, tokens, self.width, self.config.rope_theta, x_BTD.device, self.rank_H
             )
             q_BTHR, k_BTHR = rotate(q_BTHR, angles), rotate(k_BTHR, angles)
         v_BTHV = upcast(self.w_v(x_BTD).unflatten(-1, (self.heads, self.head_dim)))
@@ -131,7 +165,7 @@ class ADA(nn.Module):
         out_BTV = out_BTHV.flatten(2).to(x_BTD.dtype)
         if self.w_g is not None:
             out_BTV = out_BTV * F.silu(self.w_g(x_BTD))
-        return self.w_o(out_BTV)
+        return self.tp.leave(self.w_o(out_BTV))
 
     def _attend(
         self,
@@ -147,26 +181,56 @@ class ADA(nn.Module):
             out, state = self._continue(q, k, v, log_decay, cache.state)
             cache.state, cache.tokens = state, cache.tokens + q.shape[2]
             return out.transpose(1, 2)
-        form = self.config.form
+        out, end = self._within(q, k, v, log_decay, segments_BT)
+        if end is not None:
+            out = out + self._from_before(q, end, log_decay, segments_BT)
+        return out.transpose(1, 2)
+
+    def _within(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, segments_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The outputs of these tokens alone, and if other ranks need it the state after them."""
+        form, divided = self.config.form, self.cp.divided
         if form == "auto":
             # Measured on a CPU core: up to two chunks, all scores at once are quicker; then chunks
             # are.
             form = "quadratic" if q.shape[2] <= 2 * self.config.chunk else "chunked"
-        if form == "quadratic":
-            out = quadratic(
-                q, k, v, scale=self.scale, log_decay_H=log_decay, segments_BT=segments_BT
-            )
-        elif form == "chunked":
-            out, _ = chunked(
+        if form == "chunked":
+            return chunked(
                 q, k, v,
                 scale=self.scale, log_decay_H=log_decay, segments_BT=segments_BT,
-                chunk=self.config.chunk,
+                chunk=self.config.chunk, return_state=divided,
             )  # fmt: skip
-        else:
-            out, _ = recurrent(
+        if form == "recurrent":
+            out, end = recurrent(
                 q, k, v, scale=self.scale, log_decay_H=log_decay, segments_BT=segments_BT
             )
-        return out.transpose(1, 2)
+            return out, end if divided else None
+        out = quadratic(q, k, v, scale=self.scale, log_decay_H=log_decay, segments_BT=segments_BT)
+        if not divided:
+            return out, None
+        return out, end_state(k, v, log_decay_H=log_decay, segments_BT=segments_BT)
+
+    def _from_before(
+        self, q: Tensor, end_BHRV: Tensor, log_decay: Tensor | None, segments_BT: Tensor | None
+    ) -> Tensor:
+        """What the tokens of the context-parallel ranks before this one add to the outputs.
+
+        Every rank computes it, also the first, for which it is zero: all take part in the backward
+        pass of `gather`.
+        """
+        group = self.cp.group
+        ends_BHNRV = gather(end_BHRV.unsqueeze(2), group, 2)
+        last_BN = continues_BT = None
+        if segments_BT is not None:
+            last_BN = all_gather(segments_BT[:, -1:], group, 1)
+            continues_BT = segments_BT == last_BN[:, max(group.rank - 1, 0), None]
+        state = entering_state(
+            ends_BHNRV, group.rank, q.shape[2], log_decay_H=log_decay, last_segments_BN=last_BN
+        )
+        return from_state(
+            q, state, scale=self.scale, log_decay_H=log_decay, continues_BT=continues_BT
+        )
 
     def _continue(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor
@@ -193,6 +257,12 @@ class ADA(nn.Module):
                 cache.taps = taps
                 past = torch.cat([cache.tail, keys_BTC.to(cache.tail.dtype)], dim=1)
                 cache.tail = past[:, past.shape[1] - cache.tail.shape[1] :]
+            elif self.cp.divided:
+                reach = self.config.taps - 1
+                tail = self.cp.just_before(keys_BTC, reach)
+                if segments_BT is not None:
+                    before = self.cp.just_before(segments_BT, reach)
+                    segments_BT = torch.cat([before, segments_BT], dim=1)
             keys_BTC = convolve(keys_BTC, taps, segments_BT, tail)
         return F.silu(keys_BTC) if self.config.kernel_activation == "silu" else keys_BTC
 
@@ -223,8 +293,8 @@ class ADA(nn.Module):
         return -rate_H
 
     def _first_log_rates(self, device: torch.device | None) -> Tensor:
-        low, high = self.config.decay_range
-        return -torch.linspace(math.log(low), math.log(high), self.heads, device=device)
+        low, high = (math.log(tokens) for tokens in self.config.decay_range)
+        return self.own_heads.cut(-torch.linspace(low, high, self.config.heads, device=device))
 
     def _slots(self) -> Tensor:
         """For each of the H * R padded entries the packed row it shows; C for none.
@@ -247,4 +317,4 @@ class ADA(nn.Module):
         ranks = self.config.qk_rank
         if isinstance(ranks, tuple):
             return ranks[sum(model.attention_kind(i) == "ada" for i in range(layer))]
-        return (ranks or self.head_dim,) * self.heads
+        return (ranks or self.head_dim,) * self.config.heads

@@ -3,7 +3,7 @@
 One of the attentions a block can hold; `attend` is shared with the latent attention of `mla`.
 
 Legend: B batch, T tokens, S tokens including the past, D model, H heads, G key/value heads, R head
-width.
+width. With tensor parallelism H and G are those of a rank, with context parallelism T is its piece.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from kalmagrove.config import Model
 from kalmagrove.nn.norm import RMSNorm
 from kalmagrove.nn.rope import rotary_angles, rotate
+from kalmagrove.parallel import ContextParallel, Groups, Linear, TensorParallel
 
 
 @dataclass
@@ -32,24 +33,33 @@ class Softmax(nn.Module):
     qk_norm is an RMSNorm with weights over a head's width, before the rotation (as in Qwen3).
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, groups: Groups) -> None:
         super().__init__()
         config = model.attention.softmax
         self.config = config
+        self.tp, self.cp = TensorParallel.of(groups), ContextParallel.of(groups)
         self.head_dim = config.head_dim or model.d_model // config.heads
-        self.w_q = nn.Linear(model.d_model, config.heads * self.head_dim, bias=False)
-        self.w_k = nn.Linear(model.d_model, config.kv_heads * self.head_dim, bias=False)
-        self.w_v = nn.Linear(model.d_model, config.kv_heads * self.head_dim, bias=False)
-        self.w_o = nn.Linear(config.heads * self.head_dim, model.d_model, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, model.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, model.norm_eps) if config.qk_norm else None
+        self.w_q = self._columns(model.d_model, config.heads)
+        self.w_k = self._columns(model.d_model, config.kv_heads)
+        self.w_v = self._columns(model.d_model, config.kv_heads)
+        inner = config.heads * self.head_dim
+        self.w_o = Linear(inner, model.d_model, self.tp.piece(inner, dim=1))
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, model.norm_eps, self.tp.shared)
+            self.k_norm = RMSNorm(self.head_dim, model.norm_eps, self.tp.shared)
         self.metrics: dict[str, Tensor] = {}
+
+    def _columns(self, inputs: int, heads: int) -> Linear:
+        assert heads % self.tp.group.size == 0
+        return Linear(inputs, heads * self.head_dim, self.tp.piece(heads * self.head_dim))
 
     def init_weights(self, std: float, out_std: float) -> None:
         """Normal(0, std) projections, Normal(0, out_std) for the one into the residual stream."""
         for linear in (self.w_q, self.w_k, self.w_v):
-            nn.init.normal_(linear.weight, std=std)
-        nn.init.normal_(self.w_o.weight, std=out_std)
+            linear.init_weights(std)
+        self.w_o.init_weights(out_std)
         for norm in (self.q_norm, self.k_norm):
             if norm is not None:
                 nn.init.ones_(norm.weight)
@@ -58,6 +68,7 @@ class Softmax(nn.Module):
         self, batch: int, max_tokens: int, device: torch.device | str, dtype: torch.dtype
     ) -> KVCache:
         """An empty past with room for `max_tokens`."""
+        assert self.tp.group.size == self.cp.group.size == 1
         shape = (batch, self.config.kv_heads, max_tokens, self.head_dim)
         keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         return KVCache(keys, values)
@@ -69,45 +80,50 @@ class Softmax(nn.Module):
 
         Raises ValueError if both `segments_BT` and `cache` are given, or the cache is full.
         """
-        tokens, start = x_BTD.shape[1], cache.tokens if cache is not None else 0
+        x_BTD = self.tp.enter(x_BTD)
+        tokens, past = x_BTD.shape[1], cache.tokens if cache is not None else 0
         q, k, v = (
             w(x_BTD).unflatten(-1, (-1, self.head_dim)) for w in (self.w_q, self.w_k, self.w_v)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rope:
+            start = past + self.cp.start(tokens)
             angles = rotary_angles(
                 start, tokens, self.head_dim, self.config.rope_theta, x_BTD.device
             )
             q, k = rotate(q, angles), rotate(k, angles)
+        k, v = self.cp.until_here(k), self.cp.until_here(v)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
-            end = advance(cache.tokens, tokens, cache.keys.shape[2], segments_BT)
-            cache.keys[:, :, start:end], cache.values[:, :, start:end] = k, v
+            end = advance(past, tokens, cache.keys.shape[2], segments_BT)
+            cache.keys[:, :, past:end], cache.values[:, :, past:end] = k, v
             k, v = (
                 cache.keys[:, :, :end].to(k.dtype),
                 cache.values[:, :, :end].to(v.dtype),
             )
             cache.tokens = end
-        out = attend(q, k, v, self.head_dim**-0.5, segments_BT)
-        return self.w_o(out.transpose(1, 2).flatten(2))
+        segments_BS = None if segments_BT is None else self.cp.until_here(segments_BT)
+        out = attend(q, k, v, self.head_dim**-0.5, segments_BS)
+        return self.tp.leave(self.w_o(out.transpose(1, 2).flatten(2)))
 
 
 def attend(
-    q_BHTR: Tensor, k_BGSR: Tensor, v_BGSV: Tensor, scale: float, segments_BT: Tensor | None
+    q_BHTR: Tensor, k_BGSR: Tensor, v_BGSV: Tensor, scale: float, segments_BS: Tensor | None
 ) -> Tensor:
     """Causal softmax attention of the last T of S tokens over all S, [B, H, T, V].
 
-    H may be a multiple of G. With segments (then T == S), tokens see only their own segment.
+    H may be a multiple of G. With segments, tokens see only their own segment.
     """
     tokens, total = q_BHTR.shape[2], k_BGSR.shape[2]
     grouped = q_BHTR.shape[1] != k_BGSR.shape[1]
     mask = None
-    if segments_BT is not None or 1 < tokens < total:
+    if segments_BS is not None or 1 < tokens < total:
         index = torch.arange(total, device=q_BHTR.device)
         mask = index[total - tokens :, None] >= index
-    if segments_BT is not None and mask is not None:
-        mask = mask & (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
+    if segments_BS is not None and mask is not None:
+        own_BT = segments_BS[:, total - tokens :]
+        mask = mask & (own_BT[:, None, :, None] == segments_BS[:, None, None, :])
     return F.scaled_dot_product_attention(
         q_BHTR, k_BGSR, v_BGSV,
         attn_mask=mask, is_causal=mask is None and tokens > 1, scale=scale, enable_gqa=grouped,

@@ -34,7 +34,7 @@ def quadratic(
     segments_BT: Tensor | None = None,
 ) -> Tensor:
     """The formula as it stands, with the [T, T] matrix of scores. Returns [B, H, T, V]."""
-    q, k, v = _upcast(q_BHTR) * scale, _upcast(k_BHTR), _upcast(v_BHTV)
+    q, k, v = upcast(q_BHTR) * scale, upcast(k_BHTR), upcast(v_BHTV)
     tokens = q.shape[2]
     scores = q @ k.mT * _decay_mask(log_decay_H, tokens, like=q)
     if segments_BT is not None:
@@ -60,7 +60,7 @@ def recurrent(
     state.
     """
     _refuse_segments_with_state(segments_BT, state_BHRV)
-    q, k, v = _upcast(q_BHTR) * scale, _upcast(k_BHTR), _upcast(v_BHTV)
+    q, k, v = upcast(q_BHTR) * scale, upcast(k_BHTR), upcast(v_BHTV)
     batch, heads, tokens, width = q.shape
     decay = None if log_decay_H is None else _log_decay(log_decay_H, q).exp()[:, None, None]
     state = state_BHRV
@@ -108,7 +108,7 @@ def chunked(
     _refuse_segments_with_state(segments_BT, state_BHRV)
     tokens = q_BHTR.shape[2]
     size = min(chunk, tokens)
-    q, k, v = (_split(_upcast(x), size) for x in (q_BHTR, k_BHTR, v_BHTV))
+    q, k, v = (_split(upcast(x), size) for x in (q_BHTR, k_BHTR, v_BHTV))
     q = q * scale
     count, last = q.shape[2], tokens - (q.shape[2] - 1) * size  # chunks; tokens of the last one
     segments = None if segments_BT is None else _split_segments(segments_BT, size)
@@ -123,7 +123,7 @@ def chunked(
     if count > 1 or state_BHRV is not None:
         entering = _entering_states(k, v, log_decay_H, segments, state_BHRV)
         steps = torch.arange(1, size + 1, device=q.device)
-        reaching = q * _decay(log_decay_H, steps, like=q)[:, None, :, None]
+        reaching = q * decay_after(steps, log_decay_H, like=q)[:, None, :, None]
         if segments is not None:
             before = segments[:, :-1, -1:]
             first = torch.zeros_like(segments[:, :1], dtype=torch.bool)
@@ -134,6 +134,26 @@ def chunked(
     if not return_state:
         return out, None
     return out, _final_state(k, v, log_decay_H, segments_BT, segments, entering, last)
+
+
+def end_state(
+    k_BHTR: Tensor,
+    v_BHTV: Tensor,
+    *,
+    log_decay_H: Tensor | None = None,
+    segments_BT: Tensor | None = None,
+) -> Tensor:
+    """The state after the last token, from zero before the first: [B, H, R, V] in fp32.
+
+    With segments it holds that of the last token only, as later tokens can need no other.
+    """
+    k, v = upcast(k_BHTR), upcast(v_BHTV)
+    remaining = torch.arange(k.shape[2] - 1, -1, -1, device=k.device)
+    k = k * decay_after(remaining, log_decay_H, like=k)[:, :, None]
+    if segments_BT is not None:
+        lasting = segments_BT == segments_BT[:, -1:]
+        k = k.masked_fill(~lasting[:, None, :, None], 0.0)
+    return k.mT @ v
 
 
 def _entering_states(
@@ -147,7 +167,7 @@ def _entering_states(
     batch, heads, count, size, width = k_BHNCR.shape
     k, v = k_BHNCR[:, :, :-1], v_BHNCV[:, :, :-1]  # no chunk follows the last one
     remaining = torch.arange(size - 1, -1, -1, device=k.device)
-    k = k * _decay(log_decay_H, remaining, like=k)[:, None, :, None]
+    k = k * decay_after(remaining, log_decay_H, like=k)[:, None, :, None]
     if segments_BNC is not None:
         lasting = segments_BNC[:, :-1] == segments_BNC[:, :-1, -1:]
         k = k.masked_fill(~lasting[:, None, :, :, None], 0.0)
@@ -176,23 +196,19 @@ def _final_state(
 ) -> Tensor:
     """The state after the last of the `last` real tokens in the last chunk, [B, H, R, V]."""
     k, v = k_BHNCR[:, :, -1, :last], v_BHNCV[:, :, -1, :last]
-    remaining = torch.arange(last - 1, -1, -1, device=k.device)
-    k = k * _decay(log_decay_H, remaining, like=k)[:, :, None]
-    if segments_BT is not None and segments_BNC is not None:
-        final = segments_BT[:, -1:]
-        k = k.masked_fill((segments_BNC[:, -1, :last] != final)[:, None, :, None], 0.0)
-    state = k.mT @ v
+    segments = None if segments_BNC is None else segments_BNC[:, -1, :last]
+    state = end_state(k, v, log_decay_H=log_decay_H, segments_BT=segments)
     if entering_BHNRV is None:
         return state
     whole = torch.full((1,), last, device=k.device)
-    carried = entering_BHNRV[:, :, -1] * _decay(log_decay_H, whole, like=k)[:, :, None]
+    carried = entering_BHNRV[:, :, -1] * decay_after(whole, log_decay_H, like=k)[:, :, None]
     if segments_BT is not None and segments_BNC is not None and segments_BNC.shape[1] > 1:
         stays = segments_BNC[:, -2, -1] == segments_BT[:, -1]
         carried = carried.masked_fill(~stays[:, None, None, None], 0.0)
     return state + carried
 
 
-def _decay(log_decay_H: Tensor | None, steps: Tensor, like: Tensor) -> Tensor:
+def decay_after(steps: Tensor, log_decay_H: Tensor | None, like: Tensor) -> Tensor:
     """exp(log_decay * steps) for steps >= 0: [H, *steps.shape], or [1, *] of ones without decay."""
     if log_decay_H is None:
         return torch.ones_like(steps, dtype=like.dtype).unsqueeze(0)
@@ -204,14 +220,14 @@ def _decay_mask(log_decay_H: Tensor | None, size: int, like: Tensor, stride: int
     """[H or 1, size, size]: exp(log_decay * stride * (row - column)) up to the diagonal, else 0."""
     index = torch.arange(size, device=like.device)
     apart = (index[:, None] - index[None, :]) * stride
-    return _decay(log_decay_H, apart.clamp(min=0), like) * (apart >= 0)
+    return decay_after(apart.clamp(min=0), log_decay_H, like) * (apart >= 0)
 
 
 def _log_decay(log_decay_H: Tensor, like: Tensor) -> Tensor:
     return log_decay_H.to(like.dtype).clamp(_LOG_ZERO, 0.0)
 
 
-def _upcast(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 

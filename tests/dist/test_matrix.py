@@ -1,0 +1,49 @@
+"""Any layout of tensor, expert and context parallelism at any ZeRO stage trains like one process.
+
+Losses, the gradient of every parameter, the global norm and the routers' biases are compared with
+plain torch, with SGD (Adam would hide a wrong scale), accumulation and clipping. A representative
+part runs always; `make test-matrix` runs all of it.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from tests.dist.harness import run_ranks
+from tests.dist.matrix import BF16, Case, name_of, representative, whole_matrix
+
+pytestmark = pytest.mark.dist
+WHOLE = bool(os.environ.get("KALMAGROVE_MATRIX"))
+
+
+def check(chosen: Case, found: dict[str, Any], references: dict[str, Any]) -> None:
+    rounded = BF16 in chosen["overrides"]
+    clip = "0.0" if "optim.clip=0" in chosen["overrides"] else "0.5"
+    tolerance = 3e-2 if rounded else 2e-5
+    torch.testing.assert_close(
+        torch.tensor(found["steps"]), torch.tensor(references[clip]), rtol=tolerance, atol=tolerance
+    )
+    # bf16 may choose other edges and groves where two are close: single gradients differ by more.
+    limit = 0.5 if rounded else 1e-3
+    wrong = {name: error for name, error in found["errors"].items() if error > limit}
+    assert not wrong, f"gradients differ: {wrong}"
+    if not rounded:
+        assert max(found["biases"].values()) == 0
+
+
+@pytest.mark.timeout(5400)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_layouts_train_like_one_process(ranks: int) -> None:
+    cases = whole_matrix(ranks) if WHOLE else representative(ranks)
+    found = run_ranks(
+        "matrix", ranks, module="tests.dist.matrix", timeout=60 + 30 * len(cases), cases=cases
+    )
+    failed = []
+    for chosen in cases:
+        try:
+            check(chosen, found["cases"][name_of(chosen)], found["reference"])
+        except AssertionError as error:
+            failed.append(f"{name_of(chosen)}: {error}")
+    assert not failed, f"{len(failed)} of {len(cases)} cases:\n" + "\n".join(failed)
