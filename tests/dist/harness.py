@@ -16,6 +16,8 @@ from typing import Any
 from kalmagrove.engine.connect import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+# `make test-matrix`: all layouts, not a representative part of them
+WHOLE = bool(os.environ.get("KALMAGROVE_MATRIX"))
 
 
 class Ranks:

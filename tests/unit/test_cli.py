@@ -81,6 +81,7 @@ def test_unknown_verb(capsys: pytest.CaptureFixture) -> None:
 def test_dry_run_shows_the_plan(capsys: pytest.CaptureFixture) -> None:
     words = ["train", "--dry-run", "model=kan_tiny", "steps=7", "launch.nproc=2"]
     assert main(words) == 0
+    assert not run_folder.log.disabled, "Hydra must not silence what was imported before it"
     out = capsys.readouterr().out
     assert "steps: 7" in out
     for word in ("embedding", "attention", "ffn", "active", "memory"):
