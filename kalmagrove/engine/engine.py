@@ -136,15 +136,6 @@ class Engine:
         ):
             group["lr"] = own["base_lr"] * factor
 
-    def restore_hyperparameters(self) -> None:
-        """Undo what loading a checkpoint did to decay, betas and clipping: the run decides them."""
-        for group, own in zip(
-            self.deepspeed.optimizer.param_groups, self._hyperparameters, strict=True
-        ):
-            group.update(own)
-        if self.run.zero.stage:
-            self.deepspeed.optimizer.clip_grad = self.run.optim.clip
-
     @torch.no_grad()
     def eval_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy (nats) and number of target tokens of this rank's `batch`.

@@ -9,6 +9,7 @@ import pytest
 
 SMALL = [
     "model=kan_tiny",
+    "ffn=kan",
     "data=text",
     "data.seq_len=32",
     "data.val_fraction=0.2",
