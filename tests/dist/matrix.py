@@ -76,6 +76,17 @@ def whole_matrix(ranks: int) -> list[Case]:
     return cases
 
 
+# On two ranks: each dimension and stage
+PAIRS = [
+    case(0, tp=2, ep=2),
+    case(1, tp=2),
+    case(2, CHECKPOINTED, tp=2, ep=2, sequence=True),
+    case(3, ep=2),
+    case(2, cp=2),
+    case(3, BF16, tp=2),
+    case(1, BF16, tp=2, ep=2),
+    case(2, BF16, cp=2),
+]
 # What every change is tested with, on 4 ranks: each dimension and stage, the folded layouts.
 REPRESENTATIVE = [
     case(1, tp=2, ep=2),
@@ -142,7 +153,8 @@ def train(chosen: Case, groups: Groups) -> dict[str, Any]:
         assert torch.equal(p, own(name, before[name])), f"{name} starts differently"
     engine = build_engine(model, run, groups)
     rows = Rows(run.batch.micro, groups.dp.rank, groups.dp.size)
-    start = {name: master_weight(p) for name, p in model.named_parameters()}  # bf16 rounds it
+    # bf16 has rounded it.
+    start = {name: master_weight(p).cpu() for name, p in model.named_parameters()}
     found, errors = [], {}
     for step in range(STEPS):
         batches = [next(rows) for _ in range(engine.accumulation)]
@@ -151,13 +163,13 @@ def train(chosen: Case, groups: Groups) -> dict[str, Any]:
         found.append((mean, float(norm)))
         if step == 0:
             for name, p in model.named_parameters():
-                moved = master_weight(p) - start[name]
+                moved = master_weight(p).cpu() - start[name]
                 expected = own(name, after[name]) - own(name, before[name])
                 rounding = 1e-7 * start[name].norm()
                 gap = ((moved - expected).norm() - rounding).clamp(min=0) / expected.norm()
                 errors[name] = float(gap)
     drift = {
-        name: float((b - biases[name]).abs().max())
+        name: float((b.cpu() - biases[name]).abs().max())
         for name, b in model.named_buffers()
         if name in biases
     }

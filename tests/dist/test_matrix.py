@@ -16,10 +16,13 @@ from tests.dist.matrix import BF16, Case, name_of, REPRESENTATIVE, whole_matrix
 pytestmark = pytest.mark.dist
 
 
-def check(chosen: Case, found: dict[str, Any], references: dict[str, Any]) -> None:
+def check(
+    chosen: Case, found: dict[str, Any], references: dict[str, Any], fp32: float = 2e-5
+) -> None:
+    """fp32: how far losses and norms may be off, relatively."""
     rounded = BF16 in chosen["overrides"]
     clip = "0.0" if "optim.clip=0" in chosen["overrides"] else "0.5"
-    tolerance = 3e-2 if rounded else 2e-5
+    tolerance = 3e-2 if rounded else fp32
     torch.testing.assert_close(
         torch.tensor(found["steps"]), torch.tensor(references[clip]), rtol=tolerance, atol=tolerance
     )
