@@ -37,7 +37,7 @@ test-dist: $(READY)
 
 MATRIX := $(addprefix tests/dist/test_,matrix.py reshape.py attention_parallel.py ffn_parallel.py traffic.py)
 
-# Every layout of tensor, expert and context parallelism at every ZeRO stage: about half an hour.
+# Every layout of tensor, expert and context parallelism at every ZeRO stage: about an hour on two cores.
 test-matrix: $(READY)
 	KALMAGROVE_MATRIX=1 $(BIN)/python -m pytest $(MATRIX) $(ARGS)
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 CONFIG, LOCK = "config.yaml", ".lock"
+# Settings of how a result is computed, not of what it is
+LAYOUT = ("parallel.", "zero.", "batch.micro", "engine.activation_checkpointing", "engine.compile")
 
 
 def choose(run: Run) -> Path:
@@ -117,7 +119,7 @@ def done(folder: Path, run: Run) -> dict[str, Any] | None:
 def finished(folder: Path, run: Run) -> dict[str, Any] | None:
     """The summary, if `run` was trained here already; None if there is work to do.
 
-    How it was split over processes (`parallel`, `zero`) plays no part: checkpoints fit any layout.
+    How it was computed (`LAYOUT`) plays no part, as for checkpoints.
 
     Raises:
         ConfigError: if what was trained here is not `run`, naming the settings that differ.
@@ -125,12 +127,11 @@ def finished(folder: Path, run: Run) -> dict[str, Any] | None:
     summary = None if run.checkpoint.resume == "never" else done(folder, run)
     if summary is None:
         return None
-    settings = {k: v for k, v in run.result_settings.items() if k not in ("parallel", "zero")}
-    before, now = dict(_flat(read_yaml(str(folder / CONFIG)))), dict(_flat(settings))
+    before, now = dict(_flat(read_yaml(str(folder / CONFIG)))), dict(_flat(run.result_settings))
     wrong = [
         f"{key} was {before[key]}, is {value}"
         for key, value in now.items()
-        if key in before and before[key] != value
+        if key in before and before[key] != value and not key.startswith(LAYOUT)
     ]
     if wrong:
         raise ConfigError(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # torch is imported only once the configuration is known to w
     from kalmagrove.track import Meters
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -103,7 +104,7 @@ def train_on_this_rank(composed: Run) -> int:
     prepared = prepare(composed.data, progress=launch.launched_rank() == 0)
     run = composed.with_vocab(prepared.vocab_size)
     device = connect(run)
-    groups = Groups.init(run.parallel, device)
+    groups = Groups.init(run.parallel, device, run.launch.timeout)
     _check_same_data(run, groups, prepared)
     folder, summary = _claim(composed, groups)
     if summary is not None:
@@ -121,6 +122,7 @@ def train_on_this_rank(composed: Run) -> int:
     _by_main(groups, lambda: run_folder.settle(folder, composed, prepared.tokenizer))
     outcome = fit(engine, batches, held_out, meters, state, run)
     if groups.is_main:
+        del engine, model, meters, batches  # their memory may be needed
         _show_sample(run, outcome.checkpoint)
     disconnect()
     return 0
@@ -208,9 +210,13 @@ def _show_sample(run: Run, checkpoint: Path) -> None:
 
     if not run.sample.max_new_tokens:
         return
-    model, tokenizer = load_trained(checkpoint)
     settings = run.sample.model_dump(exclude={"prompts"})
-    sample = write(model, tokenizer, run.sample.prompts, **settings)
+    try:
+        model, tokenizer = load_trained(checkpoint)
+        sample = write(model, tokenizer, run.sample.prompts, **settings)
+    except (RuntimeError, MemoryError) as error:  # a model that only fits on several devices
+        log.warning("no sample is written: %s", error)
+        return
     folder = checkpoint.parent.parent
     (folder / "samples" / f"{checkpoint.name}.txt").write_text(sample + "\n", encoding="utf-8")
     print(

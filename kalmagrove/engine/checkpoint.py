@@ -48,7 +48,7 @@ from kalmagrove.engine.rank_state import load_rank_state, rank_state
 from kalmagrove.engine.tensor_files import FileWriter, Stored, TensorReader
 from kalmagrove.engine.tensor_index import Index, coverage_faults, merge, to_json
 from kalmagrove.engine.weights import whole_weights
-from kalmagrove.parallel import all_gather_object, any_rank, barrier, broadcast_object
+from kalmagrove.parallel import all_gather_object, barrier, broadcast_object
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +95,11 @@ def save(engine: Engine, batches: Stateful, meters: Stateful, state: State) -> t
     final = step_folder(state.folder, state.step)
     partial = final.with_name(final.name + ".tmp")
     error = _write(engine, batches, meters, state, partial)
-    if any_rank(error is not None, engine.groups.world, engine.groups.device):
-        reasons = all_gather_object(str(error) if error else None, engine.groups.world)
+    reasons = all_gather_object(str(error) if error else None, engine.groups.world)
+    if not any(reasons):
+        problem = _publish(partial, final) if engine.groups.is_main else None
+        reasons = [broadcast_object(problem, engine.groups.world)]
+    if any(reasons):
         if engine.groups.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         barrier(engine.groups.world)
@@ -106,15 +109,26 @@ def save(engine: Engine, batches: Stateful, meters: Stateful, state: State) -> t
             f"the last good checkpoint is {state.newest or 'none'}; free space or change dir"
         )
     if engine.groups.is_main:
-        if final.exists():  # a resumed run writes the same step again
-            final.rename(final.with_name(final.name + ".old"))
-        partial.rename(final)
-        sync(state.folder)
-        remove_unfinished(state.folder)
-        rotate(state.folder, engine.run.checkpoint.keep)
+        try:
+            remove_unfinished(state.folder)
+            rotate(state.folder, engine.run.checkpoint.keep)
+        except OSError as problem:
+            log.warning("old checkpoints in %s could not be removed: %s", state.folder, problem)
     barrier(engine.groups.world)
     state.saved = state.step
     return final, time.perf_counter() - begun
+
+
+def _publish(partial: Path, final: Path) -> str | None:
+    """Give a complete checkpoint its name; returns what kept that from happening."""
+    try:
+        if final.exists():  # a resumed run writes the same step again
+            final.rename(final.with_name(final.name + ".old"))
+        partial.rename(final)
+        sync(final.parent)
+    except OSError as problem:
+        return str(problem)
+    return None
 
 
 def _write(
@@ -240,7 +254,7 @@ def _faults(engine: Engine, folder: Path) -> list[str]:
     """What is wrong with the files of a checkpoint; each rank reads its share of them."""
     world = engine.groups.world
     found = all_gather_object(faults(folder, world.rank, world.size), world)
-    return [fault for part in found for fault in part]
+    return list(dict.fromkeys(fault for part in found for fault in part))
 
 
 def _set_aside(engine: Engine, state: State, newer_than: int) -> None:

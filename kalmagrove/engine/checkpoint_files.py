@@ -145,19 +145,24 @@ def faults(folder: Path, rank: int = 0, ranks: int = 1, *, only: str | None = No
     except FormatError:
         raise
     except (CheckpointError, KeyError) as error:
-        return [str(error)] if rank == 0 else []
+        return [str(error)]  # also a rank that does not see what others see says so
     names = [only] if only else sorted(files)[rank::ranks]
     found = []
     for name in names:
         if name not in files or not (folder / name).is_file():
             found.append(f"{name} is missing")
             continue
-        size, total = files[name]
-        actual = (folder / name).stat().st_size
-        if actual != size:
-            found.append(f"{name} has {actual} bytes instead of {size}")
-        elif checksum(folder / name)[1] != total:
-            found.append(f"{name} has a wrong checksum")
+        try:
+            size, total = files[name]
+            actual = (folder / name).stat().st_size
+            if actual != size:
+                found.append(f"{name} has {actual} bytes instead of {size}")
+            elif checksum(folder / name)[1] != total:
+                found.append(f"{name} has a wrong checksum")
+        except OSError as error:
+            found.append(f"{name} cannot be read: {error.strerror}")
+        except (TypeError, ValueError):
+            found.append(f"{STATE_FILE} does not say what {name} holds")
     return found
 
 

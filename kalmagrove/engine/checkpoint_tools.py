@@ -78,13 +78,13 @@ def convert(source: Path, target: Path, *, weights_only: bool = False) -> None:
     Raises:
         CheckpointError: `source` is not whole, `target` exists or cannot be written.
     """
-    if target.exists():
-        raise CheckpointError(f"{target} exists already; give a folder that does not")
+    partial = target.with_name(target.name + ".tmp")
+    for folder in (target, partial):
+        if folder.exists():
+            raise CheckpointError(f"{folder} exists already; give another target, or remove it")
     wrong = verify(source)
     if wrong:
         raise CheckpointError(f"{source} is damaged: {'; '.join(wrong[:5])}")
-    partial = target.with_name(target.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
     files = FileWriter(partial)
     files.attempt(lambda: partial.mkdir(parents=True))
     files.attempt(lambda: _convert(source, files, weights_only))

@@ -226,7 +226,7 @@ def set_weight(parameter: nn.Parameter, value: Tensor, groups: Groups) -> None:
         import deepspeed
 
         zero = groups.expert_dp if _apart(parameter) else groups.dp_cp
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=zero.ranks[0]):
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(value)
         part = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         # DeepSpeed's own setter of whole values cannot split what does not divide over the ranks.

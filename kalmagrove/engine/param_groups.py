@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from kalmagrove.config import ConfigError, Optim
+from kalmagrove.parallel import shard_of
 
 ALIGNMENT = 8  # elements: 16 bytes in bf16, what Triton kernels assume of a pointer
 KINDS = ("matrix", "embedding", "spline", "norm", "bias", "decay", "kernel")
@@ -65,9 +66,15 @@ def _aligned(members: list[nn.Parameter]) -> list[tuple[str, list[nn.Parameter]]
     """Split a group so that ZeRO, which lays a group's parameters end to end, aligns each of them.
 
     A parameter whose size is no multiple of `ALIGNMENT` stands alone. Otherwise those behind it lie
-    askew, and a block compiled for one layer's fails on another's ("misaligned address").
+    askew, and a block compiled for one layer's fails on another's ("misaligned address"). So does a
+    piece that has another size on other ranks, as all ranks must form the same groups.
     """
-    even = [p for p in members if p.numel() % ALIGNMENT == 0]
-    odd = [p for p in members if p.numel() % ALIGNMENT]
+    odd = [p for p in members if _stands_alone(p)]
+    even = [p for p in members if not _stands_alone(p)]
     split = [(f".{i}", [p]) for i, p in enumerate(odd)]
     return [("", even), *split] if even else split
+
+
+def _stands_alone(parameter: nn.Parameter) -> bool:
+    shard = shard_of(parameter)
+    return bool(parameter.numel() % ALIGNMENT) or (shard is not None and not shard.even)

@@ -8,7 +8,7 @@ from torch import Tensor
 from kalmagrove.engine.compat import gathered
 from kalmagrove.engine.engine import Engine
 from kalmagrove.engine.fragments import persistent_buffers
-from kalmagrove.parallel import Groups, Shard, all_gather, module_shards
+from kalmagrove.parallel import Groups, Shard, all_gather, all_reduce_sum, module_shards
 
 
 def whole_weights(engine: Engine) -> dict[str, Tensor]:
@@ -37,4 +37,10 @@ def _whole(tensor: Tensor, shard: Shard | None, groups: Groups) -> Tensor:
     if shard is None:
         return tensor
     group = groups.ep if shard.over == "ep" else groups.tp
-    return all_gather(tensor, group, shard.dim) if 0 in group.ranks else tensor
+    if 0 not in group.ranks:
+        return tensor
+    if shard.even:
+        return all_gather(tensor, group, shard.dim)
+    whole = tensor.new_zeros(shard.whole_shape(tuple(tensor.shape)))
+    shard.cut(whole).copy_(tensor)
+    return all_reduce_sum(whole, group)

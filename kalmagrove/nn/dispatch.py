@@ -35,7 +35,7 @@ class Balanced(Fp32Buffers):
         super().__init__()
         self.bias_rate = bias_rate
         self.tp, self.ep = TensorParallel.of(groups), groups.ep
-        self.shard = Shard.even("ep", groups.ep, parts)
+        self.shard = Shard.of("ep", groups.ep, parts)
         self.traffic = Traffic()
         self.register_buffer("bias", torch.zeros(parts))
         self.register_buffer("load", torch.zeros(parts))
@@ -45,9 +45,11 @@ class Balanced(Fp32Buffers):
     def overlaps(self) -> bool:
         """Whether a shared part can run while tokens are under way.
 
-        Not where it has collectives of its own: two communicators at once may wait for each other.
+        Not where it has collectives of its own (tensor parallelism, weights that ZeRO 3 gathers):
+        two communicators at once may wait for each other.
         """
-        return self.ep.size > 1 and self.tp.group.size == 1
+        divided = any(hasattr(p, "ds_id") for p in self.parameters())
+        return self.ep.size > 1 and self.tp.group.size == 1 and not divided
 
     @torch.no_grad()
     def choose(self, score_NG: Tensor, chosen: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -57,8 +57,12 @@ class Groups:
     sequence: bool = False
 
     @classmethod
-    def init(cls, parallel: Parallel, device: torch.device) -> Self:
-        """Lay out the ranks of the initialised default process group."""
+    def init(cls, parallel: Parallel, device: torch.device, timeout: float = 1800) -> Self:
+        """Lay out the ranks of the initialised default process group.
+
+        Args:
+            timeout: seconds a collective may wait.
+        """
         with warnings.catch_warnings():  # what it lacks (TransformerEngine, Apex) is not used here
             warnings.simplefilter("ignore")
             from megatron.core import parallel_state
@@ -70,6 +74,7 @@ class Groups:
                 context_parallel_size=parallel.cp,
                 expert_model_parallel_size=parallel.ep,
                 expert_tensor_parallel_size=1,
+                distributed_timeout_minutes=timeout / 60,
                 create_gloo_process_groups=False,
             )
         mcore = ProcessGroupCollection.use_mpu_process_groups()

@@ -21,7 +21,8 @@ class Shard:
 
     over: "tp", the other pieces are held by the ranks of the tensor-parallel group; "ep", by those
     of the expert-parallel group. A tensor with over="ep" belongs to a grove or expert also where
-    the group has one rank: its gradient is summed over `groups.expert_dp`.
+    the group has one rank: its gradient is summed over `groups.expert_dp`. even: whether the pieces
+    of all ranks have one size.
     """
 
     over: Literal["tp", "ep"]
@@ -29,9 +30,10 @@ class Shard:
     start: int
     length: int
     whole: int
+    even: bool = True
 
     @classmethod
-    def even(cls, over: Literal["tp", "ep"], group: Group, whole: int, dim: int = 0) -> "Shard":
+    def of(cls, over: Literal["tp", "ep"], group: Group, whole: int, dim: int = 0) -> "Shard":
         """The piece of this rank of `group`, all of one size (validation has seen to that)."""
         assert whole % group.size == 0, f"{whole} does not split over {group.size} ranks"
         length = whole // group.size

@@ -66,7 +66,7 @@ class TensorParallel:
 
     def piece(self, whole: int, dim: int = 0) -> Shard:
         """This rank's even piece of a dimension."""
-        return Shard.even("tp", self.group, whole, dim)
+        return Shard.of("tp", self.group, whole, dim)
 
     def stream_input(self, x_BTX: Tensor) -> Tensor:
         """The stream from something that is whole and alike on every rank."""

@@ -4,6 +4,8 @@
 `track.every` steps it fetches once, reduces over all ranks, and rank 0 writes one ledger line,
 which console and W&B show. The mean over all ranks is right for any layout: a rank with a piece of
 the rows has that piece's share of their loss, ranks with slices of one layer have the same loss.
+(Shares of edges are means of the ranks' own shares; with expert parallelism these are of other
+groves, however few tokens they have.)
 """
 
 import logging

@@ -17,6 +17,7 @@ from kalmagrove.config import Run
 from kalmagrove.engine import build_engine, connect, disconnect
 from kalmagrove.engine.compat import master_weight
 from kalmagrove.engine.optim import build_optimizer
+from kalmagrove.engine.refit import refit_grids
 from kalmagrove.engine.schedule import lr_factor
 from kalmagrove.nn import build_model
 from kalmagrove.parallel import Groups, all_gather_object, all_reduce_sum, module_shards
@@ -29,6 +30,10 @@ MODEL = [
     "model.attention.pattern=[ada,softmax,mla,ada]",
     "model.ffn.pattern=[grove,kan,moe,dense]",
     "model.attention.softmax.kv_heads=2",
+    "model.attention.ada.qk_rank=[[14,8],[8,8]]",  # the first layer's pieces differ in size
+    "model.attention.ada.taps=3",
+    "model.ffn.kan.edge={range: [-1.0, 1.0], refit_above: 0.0}",
+    "model.ffn.grove.kan.edge={range: [-1.0, 1.0], refit_above: 0.0}",
     "model.vocab_size=40",
     "optim.lr=0.1",
     "optim.clip=0.5",
@@ -116,7 +121,7 @@ def reference(clip: float) -> tuple[list[tuple[float, float]], list[dict[str, Te
     optimizer = build_optimizer(model, run.optim, torch.device("cpu"))
     rows, losses = Rows(ROWS, 0, 1), []
     weights = [{name: p.detach().clone() for name, p in model.named_parameters()}]
-    for step in range(STEPS):
+    for step in range(STEPS + 1):
         output = model(**next(rows))
         optimizer.zero_grad()
         output.loss.backward()
@@ -136,6 +141,7 @@ def reference(clip: float) -> tuple[list[tuple[float, float]], list[dict[str, Te
 def train(chosen: Case, groups: Groups) -> dict[str, Any]:
     """Losses and norms of a layout, and how far its gradients are from the reference's.
 
+    refitted: the grids refitted after these steps, and loss and norm of the step that follows.
     errors: for each parameter |g - g'| / |g'| of the first step's gradient, the worst over ranks
     (the first step of SGD moves a weight along its gradient, up to the weight's rounding). biases:
     the largest difference of the routers' biases at the end.
@@ -156,11 +162,13 @@ def train(chosen: Case, groups: Groups) -> dict[str, Any]:
     # bf16 has rounded it.
     start = {name: master_weight(p).cpu() for name, p in model.named_parameters()}
     found, errors = [], {}
-    for step in range(STEPS):
+    for step in range(STEPS + 1):
         batches = [next(rows) for _ in range(engine.accumulation)]
         loss, norm = engine.train_step(batches, step)
         mean = float(all_reduce_sum(loss.clone(), groups.world)) / groups.world.size
         found.append((mean, float(norm)))
+        if step == STEPS - 1:
+            refitted = refit_grids(engine, batches[0])
         if step == 0:
             for name, p in model.named_parameters():
                 moved = master_weight(p).cpu() - start[name]
@@ -174,8 +182,10 @@ def train(chosen: Case, groups: Groups) -> dict[str, Any]:
         if name in biases
     }
     everywhere = all_gather_object((errors, drift), groups.world)
+    assert all(set(r) == set(refitted) for r in all_gather_object(refitted, groups.world))
     return {
-        "steps": found,
+        "steps": found[:STEPS],
+        "refitted": [sorted(refitted), found[STEPS]],
         "errors": {name: max(e[name] for e, _ in everywhere) for name in errors},
         "biases": {name: max(d[name] for _, d in everywhere) for name in drift},
     }

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.unit
 
 
 def make(edges: int, config: Edge, groves: int | None = None) -> EdgeActivation:
-    shard = None if groves is None else Shard.even("ep", Group.alone(), groves)
+    shard = None if groves is None else Shard.of("ep", Group.alone(), groves)
     edge = EdgeActivation(edges, config, shard)
     edge.init_weights()
     return edge

@@ -34,9 +34,9 @@ class Model(nn.Module):
     def __init__(self, groups: Groups) -> None:
         super().__init__()
         self.norm = nn.Parameter(torch.zeros(WIDTH))
-        columns = Shard.even("tp", groups.tp, HIDDEN)
-        rows = Shard.even("tp", groups.tp, HIDDEN, 1)
-        experts = Shard.even("ep", groups.ep, EXPERTS)
+        columns = Shard.of("tp", groups.tp, HIDDEN)
+        rows = Shard.of("tp", groups.tp, HIDDEN, 1)
+        experts = Shard.of("ep", groups.ep, EXPERTS)
         self.up = nn.Parameter(torch.zeros(columns.length, WIDTH))
         self.down = nn.Parameter(torch.zeros(WIDTH, rows.length))
         if groups.tp.size > 1:

@@ -86,7 +86,7 @@ class ADA(nn.Module):
         self.width = max(all_ranks)
         first = self.own_heads.start
         self.ranks = all_ranks[first : first + self.heads]
-        channels = Shard("tp", 0, sum(all_ranks[:first]), sum(self.ranks), sum(all_ranks))
+        channels = self._channels(all_ranks)
         inner = config.heads * self.head_dim
         values = self.tp.piece(inner)
         self.w_q = Linear(model.d_model, channels.whole, channels)
@@ -312,6 +312,13 @@ class ADA(nn.Module):
                 slots[head, :rank] = rows
             row += rank
         return slots.flatten()
+
+    def _channels(self, all_ranks: tuple[int, ...]) -> Shard:
+        """This rank's query/key channels: of its heads, which may have other ranks than others'."""
+        first, heads = self.own_heads.start, self.heads
+        pieces = [sum(all_ranks[i : i + heads]) for i in range(0, len(all_ranks), heads)]
+        start, own = sum(all_ranks[:first]), pieces[first // heads]
+        return Shard("tp", 0, start, own, sum(all_ranks), even=len(set(pieces)) == 1)
 
     def _head_ranks(self, model: Model, layer: int) -> tuple[int, ...]:
         ranks = self.config.qk_rank
