@@ -7,7 +7,10 @@ import pytest
 
 from tests.dist.harness import WHOLE, run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.skipif(not WHOLE, reason="takes minutes; `make test-matrix` runs it"),
+]
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
@@ -104,7 +107,7 @@ def results(ranks: int) -> Any:
     )
 
 
-@pytest.mark.parametrize("ranks", [2, 4] if WHOLE else [4])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_outputs_and_gradients_are_those_of_one_process(ranks: int) -> None:
     wrong = []
     for layout, names in plan(ranks).items():

@@ -9,7 +9,10 @@ import pytest
 
 from tests.dist.harness import WHOLE, run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.skipif(not WHOLE, reason="takes minutes; `make test-matrix` runs it"),
+]
 
 SP = {"tp": 2, "sequence": True}
 SOFT = {"routing": "straight_through"}
@@ -90,7 +93,7 @@ EXPERTS = {
 }
 
 
-@pytest.mark.parametrize("ranks", CASES if WHOLE else [4])
+@pytest.mark.parametrize("ranks", CASES)
 def test_feed_forwards_are_those_of_one_process(ranks: int) -> None:
     cases = CASES[ranks]
     found = run_ranks(

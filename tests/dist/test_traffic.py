@@ -6,7 +6,10 @@ import pytest
 
 from tests.dist.harness import WHOLE, run_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.skipif(not WHOLE, reason="takes minutes; `make test-matrix` runs it"),
+]
 WORKERS = "tests.dist.traffic_workers"
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
@@ -70,7 +73,6 @@ def test_two_ranks_send_what_is_predicted(on_two_ranks: dict[str, Any]) -> None:
     compare(on_two_ranks["traffic"], 2)
 
 
-@pytest.mark.skipif(not WHOLE, reason="takes a minute; `make test-matrix` runs it")
 def test_four_ranks_send_what_is_predicted() -> None:
     rows = run_ranks("traffic", 4, module=WORKERS, timeout=300, layouts=LAYOUTS[4], cases=CASES)
     compare(rows, 4)
