@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmagrove.config import MoE
-from kalmagrove.nn.common import Aside, FFNOutput, no_aux_loss, parameter, wide
+from kalmagrove.nn.common import Aside, FFNOutput, no_aux_loss, wide
 from kalmagrove.nn.dispatch import Balanced
 from kalmagrove.parallel import (
     Groups,
     TensorParallel,
     communicate,
     normal_,
+    parameter,
     postprocess,
     preprocess,
 )

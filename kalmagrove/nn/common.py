@@ -1,5 +1,5 @@
-"""What every feed-forward shares: its result, tagged parameters, the arithmetic type, and work
-beside the exchange of tokens.
+"""What every feed-forward shares: its result, the arithmetic type, and work beside the exchange of
+tokens.
 
 Used by the feed-forwards of this package; `kalmagrove.nn.ffn` builds them.
 """
@@ -9,9 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-from kalmagrove.parallel import Shard
+from torch import Tensor
 
 
 class FFNOutput(NamedTuple):
@@ -19,25 +17,6 @@ class FFNOutput(NamedTuple):
 
     y_BTD: Tensor
     aux_loss: Tensor
-
-
-def parameter(*shape: int, kind: str, shard: Shard | None = None) -> nn.Parameter:
-    """A zero parameter with the kind the optimizer goes by: matrix, bias, norm, spline, ...
-
-    Args:
-        shape: of the whole parameter.
-        shard: the piece of it that this rank holds. Tagged with it, unless it is whole; experts'
-            parameters always are.
-    """
-    sizes = list(shape)
-    if shard is not None:
-        assert sizes[shard.dim] == shard.whole
-        sizes[shard.dim] = shard.length
-    p = nn.Parameter(torch.zeros(sizes))
-    p.kind = kind  # type: ignore[attr-defined]
-    if shard is not None and (shard.over == "ep" or shard.length < shard.whole):
-        p.shard = shard  # type: ignore[attr-defined]
-    return p
 
 
 def wide(x: Tensor) -> Tensor:

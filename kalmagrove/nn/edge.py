@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kalmagrove.config import Edge
 from kalmagrove.nn.basis import BASES, Basis, BSpline
-from kalmagrove.nn.common import parameter, wide
+from kalmagrove.nn.common import wide
 from kalmagrove.nn.precision import Fp32Buffers
-from kalmagrove.parallel import Shard, normal_
+from kalmagrove.parallel import Shard, normal_, parameter
 from kalmagrove_kernels.edge import BASES as BASE_FUNCTIONS
 from kalmagrove_kernels.edge import edge_activation
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmagrove.config import Grove
-from kalmagrove.nn.common import Aside, FFNOutput, no_aux_loss, parameter, wide
+from kalmagrove.nn.common import Aside, FFNOutput, no_aux_loss, wide
 from kalmagrove.nn.dispatch import Balanced
 from kalmagrove.nn.edge import EdgeActivation
 from kalmagrove.nn.kan import EdgeUse, KANLayer, KANWeights, add_up, init_kan, kan
-from kalmagrove.parallel import Groups, communicate, normal_, postprocess, preprocess
+from kalmagrove.parallel import Groups, communicate, normal_, parameter, postprocess, preprocess
 
 
 class GroveLayer(Balanced):

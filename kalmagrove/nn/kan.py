@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from kalmagrove.config import KAN
 from kalmagrove.nn import routing
-from kalmagrove.nn.common import FFNOutput, no_aux_loss, parameter
+from kalmagrove.nn.common import FFNOutput, no_aux_loss
 from kalmagrove.nn.edge import EdgeActivation, normal_quantiles
-from kalmagrove.parallel import Groups, TensorParallel, all_gather, normal_
+from kalmagrove.parallel import Groups, TensorParallel, all_gather, normal_, parameter
 from kalmagrove_kernels.edge import BASES as BASE_FUNCTIONS
 from kalmagrove_kernels.projection import basis_projection, dense_masked
 

@@ -24,7 +24,14 @@ from kalmagrove.parallel.differentiable import (
 )
 from kalmagrove.parallel.expert import Plan, Rows, communicate, postprocess, preprocess
 from kalmagrove.parallel.groups import Group, Groups
-from kalmagrove.parallel.shard import Shard, is_expert, module_shards, normal_, shard_of
+from kalmagrove.parallel.shard import (
+    Shard,
+    is_expert,
+    module_shards,
+    normal_,
+    parameter,
+    shard_of,
+)
 from kalmagrove.parallel.tensor import Linear, TensorParallel, VocabEmbedding, cross_entropy
 from kalmagrove.parallel.traffic import Traffic
 
@@ -56,6 +63,7 @@ __all__ = [
     "module_shards",
     "normal_",
     "own_piece",
+    "parameter",
     "postprocess",
     "preprocess",
     "reduce",

@@ -50,6 +50,25 @@ class Shard:
         return (*local[: self.dim], self.whole, *local[self.dim + 1 :])
 
 
+def parameter(*shape: int, kind: str, shard: Shard | None = None) -> nn.Parameter:
+    """A zero parameter with the kind the optimizer goes by: matrix, bias, norm, spline, ...
+
+    Args:
+        shape: of the whole parameter.
+        shard: the piece of it that this rank holds. Tagged with it, unless it is whole; experts'
+            parameters always are.
+    """
+    sizes = list(shape)
+    if shard is not None:
+        assert sizes[shard.dim] == shard.whole
+        sizes[shard.dim] = shard.length
+    p = nn.Parameter(torch.zeros(sizes))
+    p.kind = kind  # type: ignore[attr-defined]
+    if shard is not None and (shard.over == "ep" or shard.length < shard.whole):
+        p.shard = shard  # type: ignore[attr-defined]
+    return p
+
+
 def shard_of(parameter: Tensor) -> Shard | None:
     """The tag of a parameter; None: whole."""
     return getattr(parameter, "shard", None)

@@ -26,7 +26,7 @@ from kalmagrove.parallel.differentiable import (
     sum_grad,
 )
 from kalmagrove.parallel.groups import Group, Groups
-from kalmagrove.parallel.shard import Shard, normal_
+from kalmagrove.parallel.shard import Shard, normal_, parameter
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,6 @@ class TensorParallel:
         """This rank's even piece of a dimension."""
         return Shard.of("tp", self.group, whole, dim)
 
-    def stream_input(self, x_BTX: Tensor) -> Tensor:
-        """The stream from something that is whole and alike on every rank."""
-        return split(x_BTX, self.group, 1) if self.sequence else x_BTX
-
 
 class Linear(nn.Module):
     """x W^T with the weight [out, in] zero until initialised, or this rank's piece of it.
@@ -90,14 +86,7 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.through = through
-        shape = [outputs, inputs]
-        if shard is not None:
-            assert shape[shard.dim] == shard.whole
-            shape[shard.dim] = shard.length
-        self.weight = nn.Parameter(torch.zeros(shape))
-        self.weight.kind = "matrix"  # type: ignore[attr-defined]
-        if shard is not None and shard.length < shard.whole:
-            self.weight.shard = shard  # type: ignore[attr-defined]
+        self.weight = parameter(outputs, inputs, kind="matrix", shard=shard)
 
     def init_weights(self, std: float) -> None:
         normal_(self.weight, std)
@@ -113,10 +102,7 @@ class VocabEmbedding(nn.Module):
         super().__init__()
         self.tp = tp
         self.shard = tp.piece(vocab_size)
-        self.weight = nn.Parameter(torch.zeros(self.shard.length, width))
-        self.weight.kind = "embedding"  # type: ignore[attr-defined]
-        if tp.group.size > 1:
-            self.weight.shard = self.shard  # type: ignore[attr-defined]
+        self.weight = parameter(vocab_size, width, kind="embedding", shard=self.shard)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """The stream [B, T, D] of the tokens' rows."""

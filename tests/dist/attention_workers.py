@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.dist.serving import serve
 from kalmagrove.config import Model, Parallel
 from kalmagrove.nn.attention import build_attention
 from kalmagrove.parallel import Group, Groups, all_gather, all_reduce_sum, own_piece, shard_of
@@ -171,9 +172,4 @@ def attentions(
 WORKERS: dict[str, Any] = {"attentions": attentions}
 
 if __name__ == "__main__":
-    worker, arguments, result_path = sys.argv[1:]
-    dist.init_process_group("gloo")
-    result = WORKERS[worker](**json.loads(arguments))
-    if dist.get_rank() == 0:
-        Path(result_path).write_text(json.dumps(result))
-    dist.destroy_process_group()
+    serve(WORKERS)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.dist.serving import serve
 from kalmagrove.config import KAN, Edge, Grove, MoE, Parallel
 from kalmagrove.nn.baselines import DenseFFN, MoEFFN
 from kalmagrove.nn.grove import GroveLayer
@@ -254,10 +255,4 @@ def compare_all(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
 WORKERS = {"compare_all": compare_all}
 
 if __name__ == "__main__":
-    worker, arguments, result_path = sys.argv[1:]
-    dist.init_process_group("gloo")
-    result = WORKERS[worker](**json.loads(arguments))
-    if dist.get_rank() == 0:
-        Path(result_path).write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    serve(WORKERS)

@@ -21,6 +21,7 @@ from kalmagrove.engine.refit import refit_grids
 from kalmagrove.engine.schedule import lr_factor
 from kalmagrove.nn import build_model
 from kalmagrove.parallel import Groups, all_gather_object, all_reduce_sum, module_shards
+from tests.dist.serving import Layouts
 from tests.dist.toy import ROWS, Rows, real_run, toy_run
 
 STEPS = 4
@@ -196,14 +197,9 @@ def main() -> None:
     assert worker == "matrix"
     device = connect(toy_run())
     result: dict[str, Any] = {}
-    layout, groups = None, None
+    layouts = Layouts(device)
     for chosen in json.loads(arguments)["cases"]:
-        run = run_of(chosen)
-        if layout != run.parallel:
-            if groups is not None:
-                Groups.reset()
-            layout, groups = run.parallel, Groups.init(run.parallel, device)
-        assert groups is not None
+        groups = layouts.groups(run_of(chosen).parallel)
         result[name_of(chosen)] = train(chosen, groups)
         if groups.is_main:
             print(name_of(chosen), result[name_of(chosen)]["steps"], flush=True)

@@ -22,6 +22,7 @@ from kalmagrove.engine.compat import gathered, master_weight
 from kalmagrove.nn import build_model
 from kalmagrove.parallel import Groups, all_gather_object, all_reduce_sum, barrier
 from tests.dist.matrix import MODEL
+from tests.dist.serving import Layouts
 from tests.dist.toy import Recorder, Rows, Toy, real_run, toy_run
 
 STEPS = 6
@@ -96,7 +97,7 @@ def main() -> None:
     worker, arguments, result_path = sys.argv[1:]
     assert worker == "legs"
     device = connect(toy_run())
-    layout, groups, result = None, None, {}
+    layouts, result = Layouts(device), {}
     for leg in json.loads(arguments)["legs"]:
         if "alter" in leg:
             if torch.distributed.get_rank() == 0:
@@ -104,11 +105,7 @@ def main() -> None:
             torch.distributed.barrier()
             continue
         run = run_of(leg)
-        if layout != run.parallel:
-            if groups is not None:
-                Groups.reset()
-            layout, groups = run.parallel, Groups.init(run.parallel, device)
-        assert groups is not None
+        groups = layouts.groups(run.parallel)
         print(leg["into"], flush=True)
         result[Path(leg["into"]).name] = travel(leg, run, groups)
         barrier(groups.world)

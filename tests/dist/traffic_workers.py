@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.dist.serving import serve
 from kalmagrove.cli.compose import compose_tree
 from kalmagrove.config import Run, load
 from kalmagrove.nn import build_model
@@ -182,10 +183,5 @@ def both(folder: str, **arguments: Any) -> dict[str, Any]:
 WORKERS: dict[str, Any] = {"traffic": traffic, "both": both}
 
 if __name__ == "__main__":
-    worker, arguments, result_path = sys.argv[1:]
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    dist.init_process_group("gloo")
-    result = WORKERS[worker](**json.loads(arguments))
-    if dist.get_rank() == 0:
-        Path(result_path).write_text(json.dumps(result))
-    dist.destroy_process_group()
+    serve(WORKERS)

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from kalmagrove.config import ConfigError, Model
 from kalmagrove.nn.attention.key_kernel import build_taps, convolve
-from kalmagrove.nn.common import parameter
 from kalmagrove.nn.norm import RMSNorm, upcast
 from kalmagrove.nn.rope import rotary_angles, rotate
 from kalmagrove.parallel import (
@@ -28,6 +27,7 @@ from kalmagrove.parallel import (
     TensorParallel,
     all_gather,
     gather,
+    parameter,
 )
 from kalmagrove_kernels.ada import (
     chunked,
@@ -100,9 +100,7 @@ class ADA(nn.Module):
             self.output_norm = RMSNorm(self.head_dim, model.norm_eps, self.tp.shared)
         self.log_rate_H: nn.Parameter | None = None
         if config.decay == "learned":
-            self.log_rate_H = parameter(self.heads, kind="kernel")
-            if self.heads < config.heads:
-                self.log_rate_H.shard = self.own_heads  # type: ignore[attr-defined]
+            self.log_rate_H = parameter(config.heads, kind="kernel", shard=self.own_heads)
         self.rank_H: Tensor | None
         self.slot_S: Tensor | None
         padded = min(self.ranks) < self.width

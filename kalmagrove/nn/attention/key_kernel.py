@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kalmagrove.nn.common import parameter
 from kalmagrove.nn.norm import upcast
-from kalmagrove.parallel import Shard, TensorParallel, normal_
+from kalmagrove.parallel import Shard, TensorParallel, normal_, parameter
 
 
 class CNNTaps(nn.Module):
@@ -28,9 +27,7 @@ class CNNTaps(nn.Module):
 
     def __init__(self, channels: Shard, taps: int) -> None:
         super().__init__()
-        self.taps_CP = parameter(channels.length, taps, kind="kernel")
-        if channels.length < channels.whole:
-            self.taps_CP.shard = channels  # type: ignore[attr-defined]
+        self.taps_CP = parameter(channels.whole, taps, kind="kernel", shard=channels)
 
     def init_weights(self) -> None:
         with torch.no_grad():
