@@ -108,7 +108,7 @@ def launch(run: Run, nproc: int) -> int:
         if not visible_gpus():
             environment.setdefault("DS_ACCELERATOR", "cpu")
         process = subprocess.Popen(
-            [*_launcher(run, nproc), "kalmagrove", "train", "--config", str(config)],
+            [*command(run, nproc), "kalmagrove", "train", "--config", str(config)],
             env=environment,
             start_new_session=True,
         )
@@ -142,7 +142,7 @@ def exit_code(returned: int) -> int:
     return 128 + 256 - returned if returned > 192 else returned
 
 
-def _launcher(run: Run, nproc: int) -> list[str]:
+def command(run: Run, nproc: int) -> list[str]:
     """The command of DeepSpeed's launcher on this machine.
 
     Not its `runner`, which looks at host files, hides the launcher's death by a signal, and takes

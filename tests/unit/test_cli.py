@@ -203,7 +203,7 @@ def test_gpus_may_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     run = tiny(tmp_path, "launch.nproc=3", "launch.port=1234")
     with pytest.raises(ConfigError, match=r"launch.nproc=3 must be at most the 2 visible GPUs"):
         launch.world_size(run)
-    (info,) = [w for w in launch._launcher(run, 2) if w.startswith("--world_info=")]
+    (info,) = [w for w in launch.command(run, 2) if w.startswith("--world_info=")]
     decoded = launch.base64.urlsafe_b64decode(info.partition("=")[2])
     assert launch.json.loads(decoded) == {"localhost": ["GPU-1f", "GPU-2e"]}
 
