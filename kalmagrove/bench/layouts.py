@@ -25,7 +25,7 @@ from kalmagrove.engine import build_engine, connect, disconnect
 from kalmagrove.engine.engine import Batch, Engine
 from kalmagrove.nn import build_model
 from kalmagrove.nn.dispatch import Balanced
-from kalmagrove.parallel import Groups, all_reduce_max, all_reduce_sum, barrier
+from kalmagrove.parallel import Groups, all_gather_object, all_reduce_max, all_reduce_sum, barrier
 from kalmagrove.track import communication_estimate, flops_per_token, memory_estimate
 
 WARMUP = 2
@@ -59,16 +59,28 @@ def candidates(ranks: int) -> list[Layout]:
     return listed
 
 
-def run_all(runs: list[tuple[Layout, Run | str]], steps: int) -> dict[str, Any]:
-    """Measure every layout in this process and its fellows; the same result on all ranks.
+def run_all(
+    runs: list[tuple[Layout, Run | str]], steps: int, keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """Measure every layout in this process and its fellows.
 
     Args:
         runs: with each layout its run, `model.vocab_size` known; or why there is none.
         steps: timed ones, after two that are not.
+        keep: given on rank 0 all that is known so far, after each layout.
     """
     first = next(run for _, run in runs if isinstance(run, Run))
     device = connect(first)
+    count = parameter_count(first.model)
     records: list[dict[str, Any]] = []
+    result = {
+        "ranks": dist.get_world_size(),
+        "parameters": count.total,
+        "active_parameters": count.active,
+        "tokens_per_step": first.batch.tokens,
+        "alltoall": exchange_alone(device) if dist.get_world_size() > 1 else [],
+        "layouts": records,
+    }
     made = False
     for layout, run in runs:
         record: dict[str, Any] = {"layout": layout.name, "overrides": layout.overrides}
@@ -88,17 +100,8 @@ def run_all(runs: list[tuple[Layout, Run | str]], steps: int) -> dict[str, Any]:
         records.append(record)
         if dist.get_rank() == 0:
             print(line(record), flush=True)
-    count = parameter_count(first.model)
-    result = {
-        "ranks": dist.get_world_size(),
-        "parameters": count.total,
-        "active_parameters": count.active,
-        "tokens_per_step": first.batch.tokens,
-        "layouts": records,
-        "alltoall": exchange_alone(device) if dist.get_world_size() > 1 else [],
-    }
+            keep(result)
     disconnect()
-    return result
 
 
 def line(record: dict[str, Any]) -> str:
@@ -157,7 +160,7 @@ def measure(run: Run, groups: Groups, steps: int, aside: bool) -> dict[str, Any]
             )  # DeepSpeed keeps some of the last one's
             peak = torch.tensor(used, device=groups.device)
             record["peak_bytes"] = int(all_reduce_max(peak, groups.world))
-            record |= profiled(lambda: step()[0])
+            record |= profiled(lambda: step()[0], groups)
     return record
 
 
@@ -199,11 +202,13 @@ def predictions(run: Run, groups: Groups, precision: str) -> dict[str, Any]:
     return {"predicted_memory": memory, "predicted_sent": sent}
 
 
-def profiled(step: Callable[[], float]) -> dict[str, Any]:
-    """One step under the profiler: where its time went, what NCCL did, and one exchange close up.
+def profiled(step: Callable[[], float], groups: Groups) -> dict[str, Any]:
+    """One step under the profiler: where this rank's time went, what NCCL did, one exchange close
+    up.
 
     The profiler slows the host, so `idle` is an upper bound where `profiled_seconds` is larger than
-    the timed steps.
+    the timed steps. exchange_seconds: of each send-receive kernel that of the rank that came last
+    to it, so without the others' waiting; summed.
     """
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiler:
@@ -218,6 +223,10 @@ def profiled(step: Callable[[], float]) -> dict[str, Any]:
         "collectives": trace.collectives(kernels),
     }
     exchanges = [i for i, k in enumerate(kernels) if k.communicates and trace.ALL_TO_ALL in k.name]
+    own = [kernels[i].end - kernels[i].begin for i in exchanges]
+    everywhere = all_gather_object(own, groups.world)
+    if exchanges and len({len(times) for times in everywhere}) == 1:
+        record["exchange_seconds"] = sum(map(min, zip(*everywhere, strict=True))) / 1e6
     large = sorted(exchanges, key=lambda i: kernels[i].begin - kernels[i].end)[
         : len(exchanges) // 3
     ]

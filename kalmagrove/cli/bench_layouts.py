@@ -54,11 +54,7 @@ def main(argv: Sequence[str]) -> int:
     processes = launch.world_size(load(compose_tree("train", words)))
     if processes > 1 and launch.launched_world_size() is None:
         return _start(words, processes, argv)
-    result = _measured(words, processes, chosen.steps, chosen.only)
-    if launch.launched_rank() == 0 and chosen.out:
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(json.dumps(result, indent=1) + "\n")
-        print(chosen.out)
+    _measure(words, processes, chosen.steps, chosen.only, chosen.out)
     return 0
 
 
@@ -71,7 +67,7 @@ def _start(words: list[str], processes: int, argv: Sequence[str]) -> int:
     return launch.exit_code(subprocess.run(command, env=environment).returncode)
 
 
-def _measured(words: list[str], processes: int, steps: int, only: str) -> dict[str, object]:
+def _measure(words: list[str], processes: int, steps: int, only: str, out: Path | None) -> None:
     import torch
 
     from kalmagrove.bench.environment import environment
@@ -96,7 +92,14 @@ def _measured(words: list[str], processes: int, steps: int, only: str) -> dict[s
     if launch.launched_rank() == 0 and not torch.cuda.is_available():
         print("kalmagrove: no GPU here; times on a CPU say little", file=sys.stderr)
     command = " ".join(["kalmagrove bench layouts", f"--steps {steps}", *words])
-    return {"command": command, **environment(), **run_all(runs, steps)}
+    header = {"command": command, **environment()}
+
+    def keep(result: dict[str, object]) -> None:
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(header | result, indent=1) + "\n")
+
+    run_all(runs, steps, keep)
 
 
 if __name__ == "__main__":
