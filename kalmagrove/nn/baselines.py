@@ -81,17 +81,16 @@ class MoEFFN(Balanced):
             self.shared.init_weights(std, out_std)
 
     def forward(self, x_BTD: Tensor) -> FFNOutput:
+        shared = None if self.shared is None else Aside(self.shared, x_BTD, wanted=self.overlaps)
         own_BTD = self.tp.tokens(x_BTD)
         x_ND = own_BTD.flatten(0, -2)
         index_NK, gate_NK, aux_loss = self.route(x_ND)
         plan = preprocess(index_NK, self.config.experts, self.ep, self.traffic)
-        aside = Aside(x_BTD, wanted=self.overlaps)
         rows = communicate(x_ND, gate_NK, plan)
-        shared_BTD = None if self.shared is None else aside.run(self.shared, x_BTD)
         y_SD = self.run_experts(rows.x_SD, plan.rows)
         y_BTD = self.tp.stream_of(postprocess(y_SD, rows, plan).view_as(own_BTD))
-        if shared_BTD is not None:
-            y_BTD = y_BTD + aside.join(shared_BTD)
+        if shared is not None:
+            y_BTD = y_BTD + shared.join()
         return FFNOutput(y_BTD, aux_loss)
 
     def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,34 +29,30 @@ def no_aux_loss(x: Tensor) -> Tensor:
 
 
 class Aside:
-    """Work that does not wait for what is queued after this is made, on a GPU's second stream.
+    """Work on a GPU's second stream, beside what is queued after this is made.
 
-    Make it before the exchange of tokens, `run` after that is queued, and `join` where the result
-    is needed. Autograd repeats the choice of streams in the backward pass. Without `wanted` or
-    without a GPU the work is done plainly.
+    Made before tokens are exchanged, as the host waits for their numbers then, and joined where the
+    result is needed. Autograd repeats the choice of streams in the backward pass. Without `wanted`
+    or without a GPU the work is done plainly.
     """
 
-    def __init__(self, x: Tensor, wanted: bool) -> None:
-        self.stream: torch.cuda.Stream | None = None
-        if wanted and x.is_cuda:
-            self.stream = _second_stream(x.device)
-            self.stream.wait_stream(torch.cuda.current_stream(x.device))
+    def __init__(self, work: Callable[[Tensor], FFNOutput], x: Tensor, wanted: bool) -> None:
+        self._stream = _second_stream(x.device) if wanted and x.is_cuda else None
+        if self._stream is None:
+            self._y = work(x).y_BTD
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(x.device))
+        x.record_stream(self._stream)  # its memory is not reused before the work is done
+        with torch.cuda.stream(self._stream):
+            self._y = work(x).y_BTD
 
-    def run(self, work: Callable[[Tensor], FFNOutput], x: Tensor) -> Tensor:
-        """The output of `work`, not to be touched before `join`. x: made before this was."""
-        if self.stream is None:
-            return work(x).y_BTD
-        x.record_stream(self.stream)  # its memory is not reused before the work is done
-        with torch.cuda.stream(self.stream):
-            return work(x).y_BTD
-
-    def join(self, y: Tensor) -> Tensor:
-        """y, which the current stream may use from here on."""
-        if self.stream is not None:
-            current = torch.cuda.current_stream(y.device)
-            current.wait_stream(self.stream)
-            y.record_stream(current)
-        return y
+    def join(self) -> Tensor:
+        """The output of the work, which the current stream may use from here on."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._y.device)
+            current.wait_stream(self._stream)
+            self._y.record_stream(current)
+        return self._y
 
 
 @cache

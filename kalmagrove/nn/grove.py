@@ -63,17 +63,16 @@ class GroveLayer(Balanced):
             self.shared.init_weights(std, out_std)
 
     def forward(self, x_BTD: Tensor) -> FFNOutput:
+        shared = None if self.shared is None else Aside(self.shared, x_BTD, wanted=self.overlaps)
         own_BTD = self.tp.tokens(x_BTD)
         x_ND = own_BTD.flatten(0, -2)
         index_NK, gate_NK, aux_loss = self.route(x_ND)
         plan = preprocess(index_NK, self.config.groves, self.ep, self.traffic)
-        aside = Aside(x_BTD, wanted=self.overlaps)
         rows = communicate(x_ND, gate_NK, plan)
-        shared_BTD = None if self.shared is None else aside.run(self.shared, x_BTD)
         y_SD, uses = self.run_groves(rows.x_SD, plan.rows)
         y_BTD = self.tp.stream_of(postprocess(y_SD, rows, plan).view_as(own_BTD))
-        if self.shared is not None and shared_BTD is not None:
-            y_BTD = y_BTD + aside.join(shared_BTD)
+        if self.shared is not None and shared is not None:
+            y_BTD = y_BTD + shared.join()
             assert self.shared.use is not None
             uses = [*uses, self.shared.use]
         self.metrics |= add_up(uses).metrics
