@@ -20,6 +20,7 @@ VERBS = {
 
 TOOLS = {  # verbs without a configuration
     "checkpoint": "inspect, verify or convert a checkpoint",
+    "bench": "measure kernels against their peers, or layouts against one another",
 }
 
 USAGE = """kalmagrove: train language models made of Kolmogorov-Arnold blocks

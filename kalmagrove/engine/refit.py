@@ -7,7 +7,6 @@ Letters: N tokens, M edges.
 import logging
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,18 +73,20 @@ def _look(engine: Engine, batch: Batch, edges: Mapping[str, EdgeActivation]) -> 
     """The pre-activations of the grids to refit. All ranks make the forward pass, for ZeRO 3."""
     seen: dict[str, Seen] = {}
 
-    def keep(path: str, edge: Any, arguments: tuple[Tensor, int | None]) -> None:
-        h_NM, grove = arguments
-        if float(edge.outside(h_NM, grove)) > edge.config.refit_above * h_NM.numel():
-            seen.setdefault(path, {})[grove] = h_NM.detach()
+    def keep(path: str, h_NM: Tensor, grove: int | None) -> None:
+        edge, h_NM = edges[path], h_NM.detach()
+        allowed = edge.config.refit_above
+        if allowed is not None and float(edge.outside(h_NM, grove)) > allowed * h_NM.numel():
+            seen.setdefault(path, {})[grove] = h_NM
 
-    hooks = [edge.register_forward_pre_hook(partial(keep, path)) for path, edge in edges.items()]
+    for path, edge in edges.items():
+        edge.watch = partial(keep, path)
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled code does not see the hooks
+        with torch.compiler.set_stance("force_eager"):  # compiled code has been made unwatched
             engine.eval_loss(batch)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for edge in edges.values():
+            edge.watch = None
     return seen
 
 

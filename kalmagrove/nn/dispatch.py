@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kalmagrove.nn.common import wide
 from kalmagrove.nn.precision import Fp32Buffers
-from kalmagrove.nn.routing import largest
 from kalmagrove.parallel import Groups, Shard, TensorParallel, Traffic, all_reduce_sum, reduce
+from kalmagrove_kernels.edge.reference import largest
 
 
 class Balanced(Fp32Buffers):

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from kalmagrove.config import Edge
-from kalmagrove.nn.basis import BASES, Basis, BSpline
 from kalmagrove.nn.common import wide
 from kalmagrove.nn.precision import Fp32Buffers
 from kalmagrove.parallel import Shard, normal_, parameter
 from kalmagrove_kernels.edge import BASES as BASE_FUNCTIONS
-from kalmagrove_kernels.edge import edge_activation
+from kalmagrove_kernels.edge import Kept, edge_topk
+from kalmagrove_kernels.edge.basis import BASES, Basis
 
 REFIT_ROWS = 1024  # rows of pre-activations whose basis values are held at once
 REFIT_PRIOR = 1e-3  # weight of the old function where no data lies, relative to the data
@@ -43,9 +43,11 @@ class EdgeActivation(Fp32Buffers):
     it. Computes in fp32 at least, whatever the parameters' type. Call `init_weights` before use.
 
     through: what the parameters pass before each use; see `TensorParallel.stream`.
+    watch: called with the pre-activations [..., M] and the grove's number of each use, if set.
     """
 
     range: Tensor
+    watch: Callable[[Tensor, int | None], None] | None = None
 
     def __init__(
         self,
@@ -97,23 +99,44 @@ class EdgeActivation(Fp32Buffers):
 
     def forward(self, h_NM: Tensor, grove: int | None = None) -> Tensor:
         """E = phi(h) [..., M], fp32 (fp64 if h is)."""
+        if self.watch is not None:
+            self.watch(h_NM, grove)
         h_NM, range_2 = wide(h_NM), self.span(grove)
         coef_MP = self._own(self.coef, grove).to(h_NM.dtype)
-        scale_M = None if self.scale is None else self._own(self.scale, grove).to(h_NM.dtype)
-        if isinstance(self.basis, BSpline):
-            return edge_activation(
-                h_NM,
-                coef_MP,
-                scale_M,
-                range_2,
-                degree=self.basis.degree,
-                base=self.config.base,
-                backend=self.backend,
-            )
         value_NM = self.basis.phi(h_NM, coef_MP, range_2)
-        if scale_M is None:
+        if self.scale is None:
             return value_NM
+        scale_M = self._own(self.scale, grove).to(h_NM.dtype)
         return value_NM + scale_M * BASE_FUNCTIONS[self.config.base](h_NM)
+
+    def topk(
+        self, h_NM: Tensor, k: int, grove: int | None = None, group_N: Tensor | None = None
+    ) -> Kept:
+        """The k largest |phi(h)| of each row, as `kalmagrove_kernels.edge.edge_topk` gives them.
+
+        Args:
+            grove: all rows are of this one; then indices are its edges'.
+            group_N: int32, the grove of each row, sorted; then they are grove * M + edge.
+        """
+        if self.watch is not None and group_N is None:
+            self.watch(h_NM, grove)
+        elif self.watch is not None and group_N is not None:
+            for number in group_N.unique().tolist():
+                self.watch(h_NM[group_N == number], number)
+        scale = None if self.scale is None else self._own(self.scale, grove)
+        return edge_topk(
+            h_NM,
+            self._own(self.coef, grove),
+            scale,
+            self.span(grove),
+            k,
+            basis=self.config.basis,
+            degree=self.basis.degree,
+            grid=self.basis.grid,
+            base=self.config.base,
+            group_N=group_N,
+            backend=self.backend,
+        )
 
     def _own(self, parameter: Tensor, grove: int | None) -> Tensor:
         parameter = self.through(parameter)

@@ -14,8 +14,18 @@ from kalmagrove.config import Grove
 from kalmagrove.nn.common import Aside, FFNOutput, no_aux_loss, wide
 from kalmagrove.nn.dispatch import Balanced
 from kalmagrove.nn.edge import EdgeActivation
-from kalmagrove.nn.kan import EdgeUse, KANLayer, KANWeights, add_up, init_kan, kan
+from kalmagrove.nn.kan import (
+    EdgeUse,
+    KANLayer,
+    KANWeights,
+    add_up,
+    init_kan,
+    kan,
+    project,
+    routed_by,
+)
 from kalmagrove.parallel import Groups, communicate, normal_, parameter, postprocess, preprocess
+from kalmagrove_kernels.projection import grouped_linear
 
 
 class GroveLayer(Balanced):
@@ -105,6 +115,8 @@ class GroveLayer(Balanced):
 
         A grove without tokens runs on none: its gradients are zero, not missing.
         """
+        if self.edge.backend != "reference" and self.config.kan.routing == "hard":
+            return self._run_stacked(x_SD, rows)
         parts = zip(
             x_SD.split(rows),
             self.edges.unbind(),
@@ -117,3 +129,15 @@ class GroveLayer(Balanced):
             for i, (x, w, v, u) in enumerate(parts)
         ]
         return torch.cat([y for y, _ in outputs]), [use for _, use in outputs]
+
+    def _run_stacked(self, x_SD: Tensor, rows: list[int]) -> tuple[Tensor, list[EdgeUse]]:
+        """All groves at once, as one layer of G * M edges of which each row sees its grove's."""
+        count_G = torch.tensor(rows, dtype=torch.int32).to(x_SD.device, non_blocking=True)
+        start_G1 = F.pad(count_G.cumsum(0, dtype=torch.int32), (1, 0))
+        number_G = torch.arange(len(rows), dtype=torch.int32, device=x_SD.device)
+        group_S = number_G.repeat_interleave(count_G, output_size=len(x_SD))
+        h_SM = grouped_linear(x_SD, self.edges, start_G1, backend=self.edge.backend)
+        kept = self.edge.topk(h_SM, self.config.kan.top_k, group_N=group_S)
+        routed, use = routed_by(kept, h_SM, self.edges.shape[0] * self.edges.shape[1])
+        v_CRD, u_CRD = self.v.flatten(0, 1), self.u.flatten(0, 1)
+        return project(x_SD, routed, v_CRD, u_CRD, self.config.kan, self.edge.backend), [use]

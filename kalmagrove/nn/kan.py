@@ -19,6 +19,7 @@ from kalmagrove.nn.common import FFNOutput, no_aux_loss
 from kalmagrove.nn.edge import EdgeActivation, normal_quantiles
 from kalmagrove.parallel import Groups, TensorParallel, all_gather, normal_, parameter
 from kalmagrove_kernels.edge import BASES as BASE_FUNCTIONS
+from kalmagrove_kernels.edge import Kept
 from kalmagrove_kernels.projection import basis_projection, dense_masked
 
 
@@ -73,14 +74,32 @@ def route(
 ) -> tuple[Routed, EdgeUse]:
     """h = W_e x;  E = phi(h);  M = ST(E, k)."""
     h_NM = F.linear(x_ND, w_MD)
-    e_NM = edge(h_NM, grove)
     if config.routing == "hard":
-        index_NK = routing.select(e_NM, config.top_k)
-        value_NX = e_NM.gather(1, index_NK)
-    else:
-        value_NX, index_NK = routing.straight_through(e_NM, config.top_k, config.routing_width)
-    use = _edge_use(e_NM, index_NK, edge.outside(h_NM, grove))
-    return Routed(value_NX.to(x_ND.dtype), index_NK), use
+        return routed_by(edge.topk(h_NM, config.top_k, grove), h_NM, len(w_MD))
+    e_NM = edge(h_NM, grove)
+    value_NM, index_NK = routing.straight_through(e_NM, config.top_k, config.routing_width)
+    with torch.no_grad():
+        square_NM = e_NM.float().square()
+        use = EdgeUse(
+            seen=square_NM.new_full((), e_NM.numel()),
+            outside=edge.outside(h_NM, grove),
+            kept=square_NM.gather(1, index_NK).sum(),
+            energy=square_NM.sum(),
+            used_M=_used(index_NK, len(w_MD)),
+        )
+    return Routed(value_NM.to(h_NM.dtype), index_NK), use
+
+
+def routed_by(kept: Kept, h_NM: Tensor, channels: int) -> tuple[Routed, EdgeUse]:
+    """What hard routing kept, of as many channels as there are edges in all groves of `kept`."""
+    use = EdgeUse(
+        seen=kept.energy.new_full((), h_NM.numel()),
+        outside=kept.outside,
+        kept=kept.value_NK.detach().square().sum().float(),
+        energy=kept.energy,
+        used_M=_used(kept.index_NK, channels),
+    )
+    return Routed(kept.value_NK.to(h_NM.dtype), kept.index_NK), use
 
 
 def project(
@@ -101,16 +120,8 @@ def project(
     return dense_masked(x_ND, routed.value_NX, v_MRD, u_MRD, inner_silu=config.inner_silu)
 
 
-@torch.no_grad()
-def _edge_use(e_NM: Tensor, index_NK: Tensor, outside: Tensor) -> EdgeUse:
-    square_NM = e_NM.float().square()
-    return EdgeUse(
-        seen=square_NM.new_full((), e_NM.numel()),
-        outside=outside,
-        kept=square_NM.gather(1, index_NK).sum(),
-        energy=square_NM.sum(),
-        used_M=square_NM.new_zeros(e_NM.shape[1]).scatter(0, index_NK.flatten(), 1.0),
-    )
+def _used(index_NK: Tensor, channels: int) -> Tensor:
+    return torch.zeros(channels, device=index_NK.device).scatter(0, index_NK.flatten(), 1.0)
 
 
 def add_up(uses: list[EdgeUse]) -> EdgeUse:

@@ -8,17 +8,7 @@ Letters: N tokens, M edges, K kept.
 import torch
 from torch import Tensor
 
-
-def largest(value_NM: Tensor, k: int) -> Tensor:
-    """Indices [N, k] of the k largest non-negative values a row, descending; exactly k, always.
-
-    Compared in fp32; of equal values the lower index wins, on every device. (A fp32 that is not
-    negative orders like the integer of its bits; the index fills the low half of an int64 key.)
-    """
-    bits_NM = value_NM.detach().float().contiguous().view(torch.int32).to(torch.int64)
-    edges = value_NM.shape[1]
-    order_M = torch.arange(edges - 1, -1, -1, device=value_NM.device)
-    return ((bits_NM << 32) | order_M).topk(k, dim=1).indices
+from kalmagrove_kernels.edge.reference import largest
 
 
 def select(e_NM: Tensor, k: int) -> Tensor:

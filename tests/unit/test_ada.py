@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kalmagrove.config import ConfigError, Model
+from kalmagrove.config import Model
 from kalmagrove.nn.attention import build_attention
 from kalmagrove.nn.norm import RMSNorm
 from kalmagrove.nn.rope import rotary_angles, rotate
@@ -440,11 +440,6 @@ def test_decay_starts_in_its_range_and_is_reported() -> None:
     attention = some_layer(decay_range=(4.0, 256.0))
     attention(torch.randn(1, 4, 24))
     torch.testing.assert_close(attention.metrics["time_constant"], torch.tensor([4.0, 32.0, 256.0]))
-
-
-def test_missing_backend_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model\.backend=triton"):
-        build_attention(some_model(backend="triton"), 0, Groups.single())
 
 
 def test_rotation_depends_on_distance_only() -> None:

@@ -16,7 +16,8 @@ ALLOWED = {
     "nn": {"config", "parallel", "kernels"},
     "engine": {"config", "parallel", "nn", "track"},
     "evaluate": {"config", "data", "parallel", "nn", "engine"},
-    "cli": {"config", "data", "parallel", "nn", "engine", "track", "evaluate", "kernels"},
+    "bench": {"config", "parallel", "nn", "engine", "track", "kernels"},
+    "cli": {"config", "data", "parallel", "nn", "engine", "track", "evaluate", "bench", "kernels"},
 }
 HOMES = {
     "deepspeed": "engine",

@@ -10,8 +10,8 @@ from numpy.polynomial import chebyshev, hermite_e, legendre
 from scipy.interpolate import BSpline as ScipyBSpline
 from torch import Tensor
 
-from kalmagrove.nn.basis import BASES
 from kalmagrove_kernels.edge import bspline, bspline_bases
+from kalmagrove_kernels.edge.basis import BASES
 
 pytestmark = pytest.mark.unit
 

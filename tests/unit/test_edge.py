@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmagrove.config import Edge
-from kalmagrove.nn.basis import BASES
 from kalmagrove.nn.edge import EdgeActivation
 from kalmagrove.parallel import Group, Shard
+from kalmagrove_kernels.edge.basis import BASES
 
 pytestmark = pytest.mark.unit
 

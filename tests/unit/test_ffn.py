@@ -20,8 +20,8 @@ from kalmagrove.config import (
     Softmax,
 )
 from kalmagrove.config.counts import ffn_count
-from kalmagrove.nn import ffn as ffn_module
-from kalmagrove.nn.ffn import FFNOutput, build_ffn, resolve_backend
+from kalmagrove.nn import backends
+from kalmagrove.nn.ffn import FFNOutput, build_ffn
 from kalmagrove.parallel import Groups, Shard, is_expert, module_shards
 
 pytestmark = pytest.mark.unit
@@ -126,16 +126,39 @@ def test_groves_and_experts_are_tagged_on_one_process_too(layer: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_kernels_asked_for_and_missing_are_refused(backend: str) -> None:
+def test_kernels_asked_for_and_missing_are_refused(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     config = model().model_copy(update={"backend": backend})
     with pytest.raises(ConfigError, match=rf"model.backend={backend} is not available"):
         build_ffn(config, 2, Groups.single())
 
 
-def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
-    ffn_module._automatic_backend.cache_clear()
-    with caplog.at_level(logging.INFO, logger=ffn_module.__name__):
-        assert resolve_backend("auto") == "reference"
-        assert resolve_backend("auto") == "reference"
-    assert len(caplog.records) == 1
-    assert "reference" in caplog.text
+def test_auto_takes_the_best_there_is_and_says_why_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kan, cpu, gpu = model().ffn.kan, torch.device("cpu"), torch.device("cuda")
+    backends._log_once.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends.jit, "find_nvcc", lambda: "/usr/bin/nvcc")
+    with caplog.at_level(logging.INFO, logger=backends.__name__):
+        assert backends.resolve_backend("auto", cpu, kan) == "reference"
+        assert backends.resolve_backend("auto", cpu, kan) == "reference"
+        assert backends.resolve_backend("auto", gpu, kan) == "cuda"
+        assert backends.resolve_backend("auto", gpu, model("legendre").ffn.kan) == "triton"
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3
+    assert said[0].startswith("KAN kernels: reference (model.backend=auto; cuda: the device is a")
+    assert said[1] == "KAN kernels: cuda (model.backend=auto)"
+    assert "basis=legendre (only bspline" in said[2]
+    with pytest.raises(ConfigError, match=r"model.backend=cuda .*basis=legendre"):
+        backends.resolve_backend("cuda", gpu, model("legendre").ffn.kan)
+
+
+def test_without_nvcc_auto_takes_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise RuntimeError("no nvcc")
+
+    monkeypatch.setattr(backends.jit, "find_nvcc", missing)
+    assert backends.resolve_backend("auto", torch.device("cuda"), model().ffn.kan) == "triton"

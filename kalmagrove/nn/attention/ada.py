@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kalmagrove.config import ConfigError, Model
+from kalmagrove.config import Model
 from kalmagrove.nn.attention.key_kernel import build_taps, convolve
 from kalmagrove.nn.norm import RMSNorm, upcast
 from kalmagrove.nn.rope import rotary_angles, rotate
@@ -64,17 +64,11 @@ class ADA(nn.Module):
 
     With context parallelism a rank attends within its piece. From the rank before it gets the keys
     that the convolution reaches, from all ranks the states that their pieces end in.
-
-    Raises ConfigError for a backend other than auto and reference.
     """
 
     def __init__(self, model: Model, layer: int, groups: Groups) -> None:
         super().__init__()
         config = model.attention.ada
-        if model.backend not in ("auto", "reference"):
-            raise ConfigError(
-                "model.backend", model.backend, "does not exist for attention=ada", "use auto"
-            )
         self.config = config
         self.tp, self.cp = TensorParallel.of(groups), ContextParallel.of(groups)
         self.head_dim = config.head_dim or model.d_model // config.heads

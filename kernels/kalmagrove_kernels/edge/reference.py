@@ -1,110 +1,76 @@
-"""Edge activations in plain PyTorch: the specification, and the path every machine can run.
+"""Edge activations and top-k in plain PyTorch: the specification, and the path every machine runs.
 
-`bspline_bases` is the textbook recursion; `bspline` is the same function from one cubic (or other
-degree) polynomial an interval, without an [N, M, P] tensor.
-Letters: N tokens, M edges, P basis functions, J intervals.
+Letters: N tokens, M edges, P basis functions, K kept, G groves.
 """
 
 from collections.abc import Callable
-from fractions import Fraction
-from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kalmagrove_kernels.edge.basis import BASES as UNIVARIATE
+
 BASES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "identity": lambda h: h}
 
 
-def grid_position(h: Tensor, range_2: Tensor, grid: int) -> Tensor:
-    """Where h stands on the grid: 0 at the low end of the range, `grid` at the high end."""
-    low, high = range_2.to(h.dtype).unbind()
-    return (h - low) * (grid / (high - low))
+class Kept(NamedTuple):
+    """The kept edges of every token, and two sums over all its edges (fp32 scalars, detached)."""
+
+    value_NK: Tensor  # E of the kept edges, fp32, by descending magnitude
+    index_NK: Tensor  # their channel numbers grove * M + edge, int64
+    energy: Tensor  # sum of the squares of all E
+    outside: Tensor  # number of pre-activations outside their range
 
 
-def bspline_bases(h: Tensor, range_2: Tensor, *, degree: int, grid: int) -> Tensor:
-    """All B-spline basis functions on the uniform grid extended by `degree` intervals to each side.
+def largest(value_NM: Tensor, k: int) -> Tensor:
+    """Indices [N, k] of the k largest non-negative values a row, descending; exactly k, always.
 
-    Cox-de Boor recursion (C. de Boor, A Practical Guide to Splines, chapter IX). Inside the range
-    they sum to 1; outside they fall smoothly to 0 within `degree` intervals.
-
-    Args:
-        h: [...]. range_2: the ends of the range.
-    Returns:
-        [..., grid + degree].
+    Compared in fp32; of equal values the lower index wins, on every device. (A fp32 that is not
+    negative orders like the integer of its bits; the index fills the low half of an int64 key.)
     """
-    u = grid_position(h, range_2, grid).unsqueeze(-1)
-    knots = torch.arange(-degree, grid + degree + 1, dtype=h.dtype, device=h.device)
-    bases = ((u >= knots[:-1]) & (u < knots[1:])).to(h.dtype)
-    for d in range(1, degree + 1):
-        rising = (u - knots[: -d - 1]) / d * bases[..., :-1]
-        falling = (knots[d + 1 :] - u) / d * bases[..., 1:]
-        bases = rising + falling
-    return bases
+    bits_NM = value_NM.detach().float().contiguous().view(torch.int32).to(torch.int64)
+    edges = value_NM.shape[1]
+    order_M = torch.arange(edges - 1, -1, -1, device=value_NM.device)
+    return ((bits_NM << 32) | order_M).topk(k, dim=1).indices
 
 
-@torch.compiler.assume_constant_result
-def piece_matrix(degree: int) -> tuple[tuple[float, ...], ...]:
-    """The uniform B-spline as polynomials: row q holds the powers of t in [0, 1) of the q-th basis
-    function that is not zero on an interval, q = 0..degree.
-
-    From N_n(x) = x/n N_{n-1}(x) + (n+1-x)/n N_{n-1}(x-1), exactly, in rational numbers.
-    """
-    return _piece_matrix(degree)
-
-
-@cache
-def _piece_matrix(degree: int) -> tuple[tuple[float, ...], ...]:
-    pieces = [[Fraction(1)]]  # pieces[s]: N on [s, s + 1), in powers of t = x - s
-    for n in range(1, degree + 1):
-        nothing = [Fraction(0)] * n
-        longer = []
-        for s in range(n + 1):
-            up = pieces[s] if s < n else nothing
-            down = pieces[s - 1] if s > 0 else nothing
-            row = [Fraction(0)] * (n + 1)
-            for power in range(n):
-                row[power] += (s * up[power] + (n + 1 - s) * down[power]) / n
-                row[power + 1] += (up[power] - down[power]) / n
-            longer.append(row)
-        pieces = longer
-    return tuple(tuple(float(c) for c in row) for row in reversed(pieces))
-
-
-def bspline(h_NM: Tensor, coef_MP: Tensor, range_2: Tensor, *, degree: int) -> Tensor:
-    """sum_p coef_mp B_p(h_m) with the basis of `bspline_bases`, by one polynomial an interval.
-
-    The coefficients become a table [M, J, degree + 1] of powers; an element looks up its interval
-    and runs Horner's rule. Beyond `degree` intervals outside the range the value and gradient are
-    0.
-    """
-    edges, size = coef_MP.shape
-    grid = size - degree
-    intervals = grid + 2 * degree
-    matrix = torch.tensor(piece_matrix(degree), dtype=coef_MP.dtype, device=coef_MP.device)
-    table_MJC = F.pad(coef_MP, (degree, degree)).unfold(1, degree + 1, 1) @ matrix
-    powers_CX = table_MJC.flatten(0, 1).t().to(h_NM.dtype)
-    u_NM = grid_position(h_NM, range_2, grid).clamp(-degree, grid + degree) + degree
-    # A NaN becomes some integer and is clamped too: it stays in t, and the look-up stays in bounds.
-    interval_NM = u_NM.detach().long().clamp(0, intervals - 1)
-    t_NM = u_NM - interval_NM
-    offset_M = torch.arange(edges, device=h_NM.device) * intervals
-    index = (interval_NM + offset_M).flatten()
-    value_NM = torch.zeros_like(h_NM)
-    for power_X in reversed(powers_CX.unbind(0)):
-        value_NM = value_NM * t_NM + power_X.gather(0, index).view_as(h_NM)
-    return value_NM
-
-
-def edge_activation(
+def edge_topk(
     h_NM: Tensor,
-    coef_MP: Tensor,
-    scale_M: Tensor | None,
-    range_2: Tensor,
+    coef: Tensor,
+    scale: Tensor | None,
+    range_: Tensor,
+    k: int,
     *,
+    basis: str,
     degree: int,
+    grid: int,
     base: str,
-) -> Tensor:
-    """See `kalmagrove_kernels.edge.edge_activation`."""
-    value_NM = bspline(h_NM, coef_MP, range_2, degree=degree)
-    return value_NM if scale_M is None else value_NM + scale_M * BASES[base](h_NM)
+    group_N: Tensor | None = None,
+    index_NK: Tensor | None = None,
+) -> Kept:
+    """See `kalmagrove_kernels.edge.edge_topk`; fp64 h gives fp64 values."""
+    wide = torch.float64 if h_NM.dtype == torch.float64 else torch.float32
+    h_NM, edges = h_NM.to(wide), h_NM.shape[1]
+    function = UNIVARIATE[basis](degree, grid)
+
+    def activate(h_NM: Tensor, coef: Tensor, scale: Tensor | None, range_2: Tensor) -> Tensor:
+        value_NM = function.phi(h_NM, coef.to(wide), range_2)
+        return value_NM if scale is None else value_NM + scale.to(wide) * BASES[base](h_NM)
+
+    first_N1: Tensor | int = 0
+    if group_N is None:
+        e_NM, range_N2 = activate(h_NM, coef, scale, range_), range_[None]
+    else:
+        rows = torch.bincount(group_N, minlength=len(coef)).tolist()
+        scales = [None] * len(coef) if scale is None else scale.unbind()
+        parts = zip(h_NM.split(rows), coef.unbind(), scales, range_.unbind(), strict=True)
+        e_NM = torch.cat([activate(*part) for part in parts])
+        range_N2, first_N1 = range_[group_N.long()], group_N[:, None].long() * edges
+    if index_NK is None:
+        index_NK = largest(e_NM.abs(), k) + first_N1
+    with torch.no_grad():
+        energy = e_NM.square().sum().float()
+        outside = ((h_NM < range_N2[:, :1]) | (h_NM > range_N2[:, 1:])).sum().float()
+    return Kept(e_NM.gather(1, index_NK - first_N1), index_NK, energy, outside)

@@ -1,8 +1,10 @@
 """The basis projection in plain PyTorch, in three forms that must agree.
 
 `gathered` is the formula and the specification; `dense_masked` computes every edge and masks;
-`sorted_by_edge` computes the kept edges only, an edge's tokens together.
-Letters: N tokens, D model width, M edges, R rank, K kept, S = N * K pairs of token and edge.
+`sorted_by_edge` computes the kept edges only, an edge's tokens together. `grouped_linear` is the
+specification of its op.
+Letters: N tokens, D model width, M edges, R rank, K kept, S = N * K pairs of token and edge (of
+grouped maps: rows), G groups.
 """
 
 import torch
@@ -95,3 +97,10 @@ def basis_projection(
         return sorted_by_edge(x_ND, kept_NK, index_NK, v_MRD, u_MRD, inner_silu=inner_silu)
     m_NM = kept_NK.new_zeros(x_ND.shape[0], edges).scatter(1, index_NK, kept_NK)
     return dense_masked(x_ND, m_NM, v_MRD, u_MRD, inner_silu=inner_silu)
+
+
+def grouped_linear(x_SD: Tensor, w_GMD: Tensor, start_G1: Tensor) -> Tensor:
+    """See `kalmagrove_kernels.projection.grouped_linear`. Reads `start` on the host."""
+    rows = start_G1.diff().tolist()
+    parts = zip(x_SD.split(rows), w_GMD.unbind(), strict=True)
+    return torch.cat([F.linear(x, w_MD) for x, w_MD in parts])

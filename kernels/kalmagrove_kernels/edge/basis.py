@@ -1,10 +1,10 @@
 """The univariate bases an edge function is made of, in one table.
 
-`kalmagrove.nn.edge` builds edge functions of them, the retrofit polynomial feed-forwards.
+`kalmagrove.nn.edge` builds edge functions of them, the retrofit polynomial feed-forwards; the fused
+kernels beside this file compute them by the names and rules of this table.
 A basis evaluates B_p(h) of a pre-activation h whose expected range is given by two numbers:
 - polynomials (and rational) see u = the range mapped to [-1, 1], clamped: outside the range the
-  basis
-  part is constant, so high degrees stay bounded, and inside it they are polynomials of h;
+  basis part is constant, so high degrees stay bounded, and inside it they are polynomials of h;
 - Fourier is periodic with the range as its period;
 - B-splines, hats and Gaussians fall to 0 outside; the edge's base term carries on.
 Letters: M edges, P basis functions.
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kalmagrove_kernels.edge import bspline, bspline_bases
+from kalmagrove_kernels.edge.spline import bspline, bspline_bases
 
 
 class Basis:

@@ -1,0 +1,62 @@
+"""Which kernels the KAN layers run: `model.backend`, or the best there are.
+
+`kalmagrove.nn.ffn` asks for each layer. cuda: CUDA C++ where it is faster (edge functions with
+top-k, sorting) and Triton for the rest; triton: Triton for all; reference: plain PyTorch.
+"""
+
+import importlib.util
+import logging
+import os
+from functools import cache
+
+import torch
+
+from kalmagrove.config import KAN, ConfigError
+from kalmagrove_kernels import jit
+from kalmagrove_kernels.edge import cuda
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_backend(backend: str, device: torch.device, kan: KAN) -> str:
+    """The kernels of a KAN layer on a device; `auto` takes the first of cuda, triton, reference.
+
+    What `auto` chose, and why not the others, is logged once a process.
+
+    Raises:
+        ConfigError: kernels asked for by name cannot run.
+    """
+    if backend == "reference":
+        return backend
+    missing = {name: _missing(name, device.type, kan) for name in ("cuda", "triton")}
+    if backend == "auto":
+        choice = next((name for name, why in missing.items() if why is None), "reference")
+        reasons = "".join(f"; {name}: {why}" for name, why in missing.items() if why)
+        _log_once(f"KAN kernels: {choice} (model.backend=auto{reasons})")
+        return choice
+    if why := missing[backend]:
+        raise ConfigError("model.backend", backend, f"is not available: {why}", "use auto")
+    return backend
+
+
+def _missing(backend: str, device: str, kan: KAN) -> str | None:
+    """Why kernels cannot run there, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET")
+    if device != "cuda" and not interpreted:
+        return f"the device is a {device}, no GPU"
+    if backend == "triton":
+        return None
+    try:
+        jit.find_nvcc()
+    except RuntimeError as error:
+        return str(error)
+    edge = kan.edge
+    gap = cuda.unsupported(edge.basis, edge.degree, edge.grid, kan.edges, kan.top_k)
+    return gap and f"made for no {gap}"
+
+
+@cache
+def _log_once(text: str) -> None:
+    logger.info(text)

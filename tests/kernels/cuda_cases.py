@@ -1,0 +1,192 @@
+"""What the CUDA kernels are tested on, on the CPU (emulated) and on a GPU alike.
+
+Letters: N tokens, M edges, P basis functions, K kept, G groves, C channels.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from kalmagrove_kernels.edge import Kept, edge_topk
+from kalmagrove_kernels.edge.reference import largest
+from kalmagrove_kernels.permute import cuda as permute_cuda
+from kalmagrove_kernels.permute import sort_pairs
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """||a - b|| / ||b||; NaN never passes a comparison with it."""
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12))
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that nothing wrote holds NaN, or a number out of every range."""
+
+    def fill(function: Any) -> Any:
+        def filled(*args: Any, **kwargs: Any) -> Tensor:
+            result: Tensor = function(*args, **kwargs)
+            return result.fill_(float("nan") if result.is_floating_point() else -(2**30))
+
+        return filled
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", fill(torch.empty))
+        patch.setattr(torch, "empty_like", fill(torch.empty_like))
+        patch.setattr(Tensor, "new_empty", fill(Tensor.new_empty))
+        yield
+
+
+class EdgeCase(NamedTuple):
+    rows: int
+    edges: int
+    kept: int
+    dtype: torch.dtype = torch.float32
+    degree: int = 3
+    grid: int = 8
+    basis: str = "bspline"
+    base: str = "silu"
+    groves: int = 0  # 0: not stacked
+    kind: str = "random"  # or "ties", "near": few distinct E, or last bits apart; "zero"; "nan"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"basis": self.basis, "degree": self.degree, "grid": self.grid, "base": self.base}
+
+
+class EdgeInputs(NamedTuple):
+    h_NM: Tensor
+    coef: Tensor
+    scale: Tensor | None
+    range_: Tensor
+    group_N: Tensor | None
+
+
+def edge_inputs(case: EdgeCase, device: str) -> EdgeInputs:
+    """Fresh inputs; with groves, grove 0 has no row."""
+    size = case.grid + (1 if case.basis == "piecewise_linear" else case.degree)
+    lead = (case.groves,) if case.groves else ()
+    h_NM = torch.randn(case.rows, case.edges, device=device) * 2
+    coef = torch.randn(*lead, case.edges, size, device=device) / 2
+    scale = 1 + torch.randn(*lead, case.edges, device=device) / 4
+    if case.kind == "ties":
+        h_NM = h_NM.round()
+        coef, scale = coef[..., :1, :].expand_as(coef), scale[..., :1].expand_as(scale)
+    if case.kind == "near":
+        h_NM, coef = h_NM.sign(), torch.zeros_like(coef)
+        scale = 1 + torch.randint_like(scale, 16) * 2.0**-23
+    if case.kind == "zero":
+        coef, scale = torch.zeros_like(coef), torch.zeros_like(scale)
+    if case.kind == "nan":
+        h_NM[torch.rand_like(h_NM) < 0.02] = float("nan")
+    low = -2 - torch.rand(lead, device=device)
+    range_ = torch.stack([low, 2.5 + torch.rand(lead, device=device)], dim=-1)
+    group_N = None
+    if case.groves:
+        group_N = torch.randint(1, max(2, case.groves), (case.rows,), device=device)
+        group_N = group_N.sort().values.to(torch.int32)
+    return EdgeInputs(
+        h_NM.to(case.dtype), coef, None if case.base == "none" else scale, range_, group_N
+    )
+
+
+def run_edge(
+    case: EdgeCase, inputs: EdgeInputs, backend: str, index_NK: Tensor | None = None
+) -> tuple[Kept, list[Tensor]]:
+    """The outputs, and the gradients of h, coef and scale at a fixed dvalue."""
+    wide = torch.float64 if backend == "reference" else None
+    leaves = [
+        None if t is None else t.detach().clone().to(wide or t.dtype).requires_grad_()
+        for t in inputs[:3]
+    ]
+    kept = edge_topk(
+        *leaves,
+        inputs.range_.to(wide or torch.float32),
+        case.kept,
+        group_N=inputs.group_N,
+        index_NK=index_NK,
+        backend=backend,
+        **case.options,
+    )
+    torch.manual_seed(1)
+    dvalue_NK = torch.randn(kept.value_NK.shape).to(kept.value_NK)
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    return kept, list(torch.autograd.grad(kept.value_NK, wanted, dvalue_NK))
+
+
+def all_edges(case: EdgeCase, inputs: EdgeInputs) -> Tensor:
+    """E [N, M] as the CUDA kernel computes it: every edge as a given one, 32 at a time."""
+    first_N1 = 0 if inputs.group_N is None else inputs.group_N[:, None].long() * case.edges
+    numbers_M = torch.arange(case.edges, device=inputs.h_NM.device)
+    parts = []
+    for some in numbers_M.split(32):
+        given_NK = some.expand(case.rows, -1) + first_N1
+        kept = edge_topk(
+            *inputs[:4],
+            case.kept,
+            group_N=inputs.group_N,
+            index_NK=given_NK.contiguous(),
+            backend="cuda",
+            **case.options,
+        )
+        parts.append(kept.value_NK)
+    return torch.cat(parts, dim=1)
+
+
+def check_edge(case: EdgeCase, device: str) -> None:
+    """The k kept are exactly those of `largest` on the kernel's own E; E and every gradient are
+    those of the reference in fp64; nothing is left unwritten; a second run gives the same bits."""
+    inputs = edge_inputs(case, device)
+    with poisoned():
+        kept, grads = run_edge(case, inputs, "cuda")
+        again, grads_again = run_edge(case, inputs, "cuda")
+        e_NM = all_edges(case, inputs)
+    for one, two in zip([*kept, *grads], [*again, *grads_again], strict=True):
+        assert torch.equal(one.nan_to_num(7), two.nan_to_num(7))
+    first_N1 = 0 if inputs.group_N is None else inputs.group_N[:, None].long() * case.edges
+    index_NK = largest(e_NM.abs(), case.kept)
+    assert torch.equal(kept.index_NK, index_NK + first_N1)
+    assert torch.equal(kept.value_NK.nan_to_num(7), e_NM.gather(1, index_NK).nan_to_num(7))
+    want, want_grads = run_edge(case, inputs, "reference", kept.index_NK)
+    assert kept.outside == want.outside
+    if case.kind == "nan":
+        assert torch.equal(kept.value_NK.isnan(), want.value_NK.isnan())
+        return
+    assert relative(kept.value_NK, want.value_NK) < 3e-6
+    assert relative(kept.energy, want.energy) < 1e-5
+    half = 4e-3 if case.dtype == torch.bfloat16 else 1e-3
+    for ours, theirs in zip(grads, want_grads, strict=True):
+        assert ours.isfinite().all()
+        assert relative(ours, theirs) < (1e-5 if ours.dtype == torch.float32 else half)
+
+
+PERMUTE_CASES = [
+    # rows, kept, channels, dtype, how the channels are drawn
+    (63, 8, 104, torch.int64, "even"),
+    (300, 8, 13, torch.int32, "even"),
+    (200, 5, 4096, torch.int64, "even"),
+    (150, 8, 9000, torch.int32, "few"),
+    (1, 1, 1, torch.int64, "even"),
+    (0, 8, 104, torch.int64, "even"),
+    (333, 4, 40, torch.int64, "one"),
+]
+
+
+def check_permute(
+    rows: int, kept: int, channels: int, dtype: torch.dtype, draw: str, device: str
+) -> None:
+    """The sort is that of the reference, element by element."""
+    index_NK = torch.randint(0, channels, (rows, kept), device=device, dtype=dtype)
+    if draw == "few":
+        index_NK = index_NK % 3 * (channels // 3)
+    if draw == "one":
+        index_NK = torch.full_like(index_NK, channels - 1)
+    with poisoned():
+        ours = permute_cuda.sort_pairs(index_NK, channels)
+    for mine, theirs in zip(ours, sort_pairs(index_NK, channels), strict=True):
+        assert mine.dtype == torch.int32
+        assert torch.equal(mine, theirs)
