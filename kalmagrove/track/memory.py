@@ -117,7 +117,8 @@ def _ffn_floats(run: Run, layer: int) -> float:
 
 
 def _kan_floats(kan: KAN, tp: int, stream: int) -> float:
-    """The reference path projects onto every edge and masks: [M, R] around the inner SiLU.
+    """The reference path projects onto every edge and masks: [M, R] around the inner SiLU. Kernels
+    on a GPU keep less: the kept edges' [k, R].
 
     Edges are computed on the stream; V and U are split over the tp ranks along R.
     """

@@ -1,4 +1,4 @@
-"""Triton kernels run in Triton's interpreter where there is no GPU; read before triton is imported."""
+"""Without a GPU Triton kernels run in its interpreter; that is read before triton is imported."""
 
 import os
 
