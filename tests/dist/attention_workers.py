@@ -4,9 +4,7 @@ Run by `tests.dist.harness` with `module="tests.dist.attention_workers"`.
 """
 
 import json
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.dist.serving import serve
 from kalmagrove.config import Model, Parallel
 from kalmagrove.nn.attention import build_attention
 from kalmagrove.parallel import Group, Groups, all_gather, all_reduce_sum, own_piece, shard_of
+from tests.dist.serving import serve
 
 D_MODEL = 24
 

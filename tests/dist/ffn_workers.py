@@ -4,18 +4,14 @@ Every rank builds both from one seed. The whole batch goes through the single-pr
 rank's part of it through the other; outputs, gradients, router state and traffic are compared.
 """
 
-import json
-import sys
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.dist.serving import serve
 from kalmagrove.config import KAN, Edge, Grove, MoE, Parallel
 from kalmagrove.nn.baselines import DenseFFN, MoEFFN
 from kalmagrove.nn.grove import GroveLayer
@@ -29,6 +25,7 @@ from kalmagrove.parallel import (
     module_shards,
     shard_of,
 )
+from tests.dist.serving import serve
 
 WIDTH = 6
 BATCH, TOKENS = 4, 12

@@ -1,7 +1,5 @@
 """Workers that count what the collectives of the real model send, and what meters make of ranks."""
 
-import json
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.dist.serving import serve
 from kalmagrove.cli.compose import compose_tree
 from kalmagrove.config import Run, load
 from kalmagrove.nn import build_model
 from kalmagrove.nn.dispatch import Balanced
 from kalmagrove.parallel import Groups, differentiable
 from kalmagrove.track import StepRecord, build_meters, communication_estimate, read_history
+from tests.dist.serving import serve
 
 MODEL = [
     "model=kan_tiny",
