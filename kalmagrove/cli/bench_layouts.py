@@ -63,7 +63,7 @@ def _start(words: list[str], processes: int, argv: Sequence[str]) -> int:
     if not launch.visible_gpus():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     prefix = launch.command(load(compose_tree("train", words)), processes)
-    command = [*prefix, "kalmagrove.cli.bench_layouts", *argv]
+    command = [*prefix, "kalmagrove", "bench", "layouts", *argv]
     return launch.exit_code(subprocess.run(command, env=environment).returncode)
 
 
@@ -100,7 +100,3 @@ def _measure(words: list[str], processes: int, steps: int, only: str, out: Path 
             out.write_text(json.dumps(header | result, indent=1) + "\n")
 
     run_all(runs, steps, keep)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,30 @@
+"""`kalmagrove bench layouts` on the processes of this machine."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import run
+
+pytestmark = pytest.mark.e2e
+WORDS = [
+    "model=kan_tiny", "data.seq_len=64", "batch.tokens=256", "batch.micro=2", "launch.nproc=2",
+    "model.vocab_size=500",
+]  # fmt: skip
+
+
+def test_layouts_are_measured_side_by_side(tmp_path: Path) -> None:
+    only = ["--steps", "1", "--only", "dp 2, ZeRO 1;ep 2, nothing;tp 2, seq", "--out", "found.json"]
+    done = run("bench", "layouts", *only, *WORDS, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    plain, experts, refused = found["layouts"]
+    assert found["ranks"] == 2
+    assert plain["tokens_per_second"] == pytest.approx(256 / plain["step_seconds"][0], rel=1e-3)
+    assert plain["losses"] == pytest.approx(experts["losses"], rel=1e-3)
+    assert experts["alltoall_bytes"] == pytest.approx(
+        experts["predicted_sent"]["groves and experts"], rel=0.2
+    )
+    assert "kv_heads=1" in refused["failed"], "kan_tiny has one key/value head"
+    assert found["alltoall"][0]["bytes"] == 2**20
