@@ -34,6 +34,8 @@ def resolve_backend(backend: str, device: torch.device, kan: KAN) -> str:
         reasons = "".join(f"; {name}: {why}" for name, why in missing.items() if why)
         _log_once(f"KAN kernels: {choice} (model.backend=auto{reasons})")
         return choice
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET"):
+        return backend  # slow, on any device: for those who work on kernels
     if why := missing[backend]:
         raise ConfigError("model.backend", backend, f"is not available: {why}", "use auto")
     return backend
@@ -43,8 +45,7 @@ def _missing(backend: str, device: str, kan: KAN) -> str | None:
     """Why kernels cannot run there, or None."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET")
-    if device != "cuda" and not interpreted:
+    if device != "cuda":
         return f"the device is a {device}, no GPU"
     if backend == "triton":
         return None

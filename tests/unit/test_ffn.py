@@ -140,7 +140,7 @@ def test_auto_takes_the_best_there_is_and_says_why_once(
 ) -> None:
     kan, cpu, gpu = model().ffn.kan, torch.device("cpu"), torch.device("cuda")
     backends._log_once.cache_clear()
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which only those want who ask for triton
     monkeypatch.setattr(backends.jit, "find_nvcc", lambda: "/usr/bin/nvcc")
     with caplog.at_level(logging.INFO, logger=backends.__name__):
         assert backends.resolve_backend("auto", cpu, kan) == "reference"
@@ -152,6 +152,7 @@ def test_auto_takes_the_best_there_is_and_says_why_once(
     assert said[0].startswith("KAN kernels: reference (model.backend=auto; cuda: the device is a")
     assert said[1] == "KAN kernels: cuda (model.backend=auto)"
     assert "basis=legendre (only bspline" in said[2]
+    assert backends.resolve_backend("triton", cpu, kan) == "triton"
     with pytest.raises(ConfigError, match=r"model.backend=cuda .*basis=legendre"):
         backends.resolve_backend("cuda", gpu, model("legendre").ffn.kan)
 
