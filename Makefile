@@ -23,11 +23,12 @@ $(READY): requirements.lock pyproject.toml
 train: $(READY)
 	$(BIN)/kalmagrove train experiment=quickstart $(ARGS)
 
-# Speed of the tests: unit tests share the cores, tests that start processes of their own run alone.
+# Speed of the tests: unit tests share the cores, tests that start processes of their own run alone,
+# and without coverage, which would slow each of those processes down.
 test: lint
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest tests/unit tests/kernels -n 2 --cov --cov-report= $(ARGS)
-	$(BIN)/python -m pytest tests/dist tests/e2e tests/golden tests/gpu --cov --cov-append --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest tests/unit tests/kernels -n 2 --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest tests/dist tests/e2e tests/golden tests/gpu --durations=12 $(ARGS)
 
 test-unit: $(READY)
 	$(BIN)/python -m pytest tests/unit tests/kernels -n 2 $(ARGS)
@@ -37,7 +38,7 @@ test-dist: $(READY)
 
 MATRIX := $(addprefix tests/dist/test_,matrix.py reshape.py attention_parallel.py ffn_parallel.py traffic.py)
 
-# Every layout of tensor, expert and context parallelism at every ZeRO stage: about an hour on two cores.
+# Every layout of tensor, expert and context parallelism at every ZeRO stage: about an hour on two idle cores.
 test-matrix: $(READY)
 	KALMAGROVE_MATRIX=1 $(BIN)/python -m pytest $(MATRIX) $(ARGS)
 
