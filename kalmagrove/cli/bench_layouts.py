@@ -5,7 +5,6 @@ The words are those of `kalmagrove train`; without a launcher this starts the pr
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -51,20 +50,13 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--steps", chosen.steps, "must be at least 1")
     if not any(word.partition("=")[0].endswith("model.vocab_size") for word in words):
         words.append("model.vocab_size=32768")
-    processes = launch.world_size(load(compose_tree("train", words)))
+    run = load(compose_tree("train", words))
+    processes = launch.world_size(run)
     if processes > 1 and launch.launched_world_size() is None:
-        return _start(words, processes, argv)
+        command = [*launch.command(run, processes), "kalmagrove", "bench", "layouts", *argv]
+        return launch.exit_code(subprocess.run(command, env=launch.environment()).returncode)
     _measure(words, processes, chosen.steps, chosen.only, chosen.out)
     return 0
-
-
-def _start(words: list[str], processes: int, argv: Sequence[str]) -> int:
-    environment = dict(os.environ)
-    if not launch.visible_gpus():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    prefix = launch.command(load(compose_tree("train", words)), processes)
-    command = [*prefix, "kalmagrove", "bench", "layouts", *argv]
-    return launch.exit_code(subprocess.run(command, env=environment).returncode)
 
 
 def _measure(words: list[str], processes: int, steps: int, only: str, out: Path | None) -> None:

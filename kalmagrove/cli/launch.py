@@ -104,12 +104,9 @@ def launch(run: Run, nproc: int) -> int:
     with tempfile.TemporaryDirectory(prefix="kalmagrove-") as place:
         config, stop_file = Path(place, "config.yaml"), Path(place, "stop")
         run_folder.write_config(config, run)
-        environment = os.environ | {"KALMAGROVE_STOP_FILE": str(stop_file)}
-        if not visible_gpus():
-            environment.setdefault("DS_ACCELERATOR", "cpu")
         process = subprocess.Popen(
             [*command(run, nproc), "kalmagrove", "train", "--config", str(config)],
-            env=environment,
+            env=environment() | {"KALMAGROVE_STOP_FILE": str(stop_file)},
             start_new_session=True,
         )
 
@@ -140,6 +137,14 @@ def exit_code(returned: int) -> int:
     if returned < 0:
         return 128 - returned
     return 128 + 256 - returned if returned > 192 else returned
+
+
+def environment() -> dict[str, str]:
+    """This process's, for the processes that `command` starts."""
+    found = dict(os.environ)
+    if not visible_gpus():
+        found.setdefault("DS_ACCELERATOR", "cpu")
+    return found
 
 
 def command(run: Run, nproc: int) -> list[str]:

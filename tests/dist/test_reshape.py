@@ -6,7 +6,6 @@ those of an uninterrupted run; what is only loaded and saved again is the same, 
 """
 
 import itertools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from kalmagrove.engine.checkpoint_files import WEIGHTS_FILE, read_index
 from kalmagrove.engine.checkpoint_tools import newest, verify
 from kalmagrove.engine.tensor_files import TensorReader
 from kalmagrove.engine.tensor_index import assemble
-from tests.dist.harness import run_ranks
+from tests.dist.harness import WHOLE, run_ranks
 from tests.dist.reshape_workers import STEPS
 
 pytestmark = pytest.mark.dist
@@ -31,8 +30,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 FP32, BF16 = "fp32", "bf16"
 SEQUENCE = "parallel.sequence=true"
-WHOLE = bool(os.environ.get("KALMAGROVE_MATRIX"))  # else a representative part
-
 FIRST, SECOND = (4 if WHOLE else 2), 2  # processes, after one
 
 # ZeRO stages of the toy's runs on the first processes, and then on the second
