@@ -4,19 +4,7 @@ Letters of the shapes: N tokens, D model width, M edges, K kept, R rank, G grove
 (N is their sum), C channels (groves * edges); of the polynomial I inputs, J outputs, its degree.
 """
 
-from typing import Any, NamedTuple
-
-Shape = dict[str, Any]
-
-
-class Case(NamedTuple):
-    op: str
-    shape: Shape
-
-    def __str__(self) -> str:
-        shown = {k: v for k, v in self.shape.items() if k != "rows"}
-        return f"{self.op} " + " ".join(f"{k}={v}" for k, v in shown.items())
-
+from kalmagrove.bench.spec import Case, Shape
 
 LAYER: Shape = {"N": 16384, "D": 2048, "M": 104, "K": 8}
 GROVES: Shape = {

@@ -1,8 +1,9 @@
 """Is an implementation right? Outcome and every gradient against the reference in fp64.
 
 The error is ||a - b|| / ||b||; it may be twice that of the reference itself at the precision of the
-inputs. Where rounding decides between nearly equal edges, all keep those of the fp64 reference
-first, so that gradients can be compared, and choose for themselves after that.
+inputs (of one that computes in fp32 whatever they are, with its products at that precision). Where
+rounding decides between nearly equal edges, all keep those of the fp64 reference first, so that
+gradients can be compared, and choose for themselves after that.
 """
 
 import math
@@ -15,8 +16,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kalmagrove.bench.cases import Case, Shape
-from kalmagrove.bench.ops import Function, Implementation, Inputs, UnavailableError, leaves
+from kalmagrove.bench.spec import (
+    Case,
+    Function,
+    Implementation,
+    Inputs,
+    Shape,
+    UnavailableError,
+    first,
+    leaves,
+)
 
 FLIPPED = 2.0  # 16 rows whose luck differs from the reference's, each wrong by half its norm
 SLACK = 1e-5  # what two correct sums of fp32 numbers in different orders may differ by
@@ -35,10 +44,10 @@ class Verdict(NamedTuple):
 class Expected(NamedTuple):
     """What the reference says of one set of inputs. `limits`: the errors allowed."""
 
-    reference: Callable[[Inputs, Shape], Any]
+    function: Function
     inputs: Inputs
-    wide: Inputs  # the same in fp64
-    exact: dict[str, Tensor]
+    wide: Inputs  # the same in fp64; where there are pieces, the last one
+    exact: dict[str, Tensor]  # where there are pieces, what all of them give, flat
     limits: dict[str, float]
     index_NK: Tensor | None  # that all have to keep for `exact`
     free_limit: float  # of the outcome, where each chooses for itself
@@ -46,23 +55,38 @@ class Expected(NamedTuple):
 
 def expected(case: Case, function: Function, inputs: Inputs) -> Expected:
     """Run the reference in fp64, and at the precision of the inputs."""
-    wide = {
-        name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
-        for name, t in inputs.items()
-    }
+    parts = [inputs] if function.pieces is None else function.pieces(inputs, case.shape)
+    exacts, owns = [], []
     index_NK = None
-    if function.selects is not None:
-        with torch.no_grad():
-            index_NK = function.selects(wide, case.shape)
-    exact = outcome(function.reference, _keeping(wide, index_NK), case.shape)
-    own = outcome(function.reference, _keeping(inputs, index_NK), case.shape)
-    limits = {name: 2 * relative(own[name], exact[name]) + SLACK for name in exact}
+    for part in parts:
+        wide = _wide(part)
+        if function.selects is not None:
+            with torch.no_grad():
+                index_NK = function.selects(wide, case.shape)
+        exacts.append(outcome(function, function.reference, _keeping(wide, index_NK), case.shape))
+        own = function.rounded or function.reference
+        owns.append(outcome(function, own, _keeping(part, index_NK), case.shape))
+    exact, rounded = _joined(exacts), _joined(owns)
+    limits = {name: 2 * relative(rounded[name], exact[name]) + SLACK for name in exact}
     free = 0.0
     if index_NK is not None:
         with torch.no_grad():
             error = relative(first(function.reference(inputs, case.shape)), exact["y"])
         free = math.hypot(2 * error, FLIPPED / math.sqrt(case.shape["N"])) + SLACK
-    return Expected(function.reference, inputs, wide, exact, limits, index_NK, free)
+    return Expected(function, inputs, wide, exact, limits, index_NK, free)
+
+
+def _wide(inputs: Inputs) -> Inputs:
+    return {
+        name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+        for name, t in inputs.items()
+    }
+
+
+def _joined(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(pieces) == 1:
+        return pieces[0]
+    return {name: torch.cat([piece[name].flatten() for piece in pieces]) for name in pieces[0]}
 
 
 def check(case: Case, implementation: Implementation, truth: Expected) -> Verdict:
@@ -73,12 +97,12 @@ def check(case: Case, implementation: Implementation, truth: Expected) -> Verdic
     try:
         with poisoned():
             errors = CHECKS.get(case.op, _differentiable)(case, implementation, truth)
-    except (UnavailableError, ImportError, KeyError, NotImplementedError) as error:
+    except (UnavailableError, ImportError, NotImplementedError) as error:
         return Verdict(f"unavailable: {_line(error)}", {})
     except torch.OutOfMemoryError as error:
         return Verdict(f"failed: {_line(error)}", {})
     except Exception as error:  # a kernel may raise anything; the others are still measured
-        missing = isinstance(error, RuntimeError) and "backend" in str(error)
+        missing = isinstance(error, RuntimeError | KeyError) and "backend" in str(error)
         missing = missing and "could not compile" not in str(error)
         return Verdict(f"{'unavailable' if missing else 'failed'}: {_line(error)}", {})
     wrong = [
@@ -103,14 +127,18 @@ def _out_of_place(implementation: Implementation, truth: Expected) -> str | None
     return "needs a GPU"
 
 
-def outcome(run: Callable[[Inputs, Shape], Any], inputs: Inputs, shape: Shape) -> dict[str, Tensor]:
-    """`y`, what comes out first, and its gradients by `dy`, named d and the input."""
-    y = first(run(inputs, shape))
-    wanted = leaves(inputs)
-    if not wanted:
-        return {"y": y}
-    grads = torch.autograd.grad(y, list(wanted.values()), inputs["dy"])
-    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(wanted, grads, strict=True)}
+def outcome(
+    function: Function, run: Callable[[Inputs, Shape], Any], inputs: Inputs, shape: Shape
+) -> dict[str, Tensor]:
+    """What comes out, by name, and gradients of the first by `dy`, named d and the input."""
+    result = run(inputs, shape)
+    results = (result,) if isinstance(result, Tensor) else tuple(result)
+    names = function.outcomes
+    found = dict(zip(names, results[: len(names)], strict=True))
+    if wanted := leaves(inputs):
+        grads = torch.autograd.grad(results[0], list(wanted.values()), inputs["dy"])
+        found |= {f"d{name}": g for name, g in zip(wanted, grads, strict=True)}
+    return {name: t.detach() for name, t in found.items()}
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
@@ -147,7 +175,12 @@ def poisoned() -> Iterator[None]:
 def _differentiable(
     case: Case, implementation: Implementation, truth: Expected
 ) -> dict[str, list[float]]:
-    found = outcome(implementation.run, _keeping(truth.inputs, truth.index_NK), case.shape)
+    function, inputs = truth.function, _keeping(truth.inputs, truth.index_NK)
+    if function.in_place:
+        inputs = {name: t.clone() for name, t in inputs.items()}
+    found = outcome(function, implementation.run, inputs, case.shape)
+    if function.pieces is not None:
+        found = _joined(function.pieces(found, case.shape))
     errors = {
         name: [relative(found[name], truth.exact[name]), truth.limits[name]] for name in truth.exact
     }
@@ -167,8 +200,8 @@ def _edge_topk(
         return errors
     with torch.no_grad():
         value_NK, index_NK, *sums = implementation.run(truth.inputs, case.shape)
-        again_NK = truth.reference(_keeping(truth.wide, index_NK), case.shape)[0]
-        exact_sums = truth.reference(truth.wide, case.shape)[2:]
+        again_NK = truth.function.reference(_keeping(truth.wide, index_NK), case.shape)[0]
+        exact_sums = truth.function.reference(truth.wide, case.shape)[2:]
     pairs = {
         "magnitude": (value_NK.abs(), truth.exact["y"].abs()),  # of equal edges, any
         "index": (value_NK, again_NK),
@@ -179,7 +212,7 @@ def _edge_topk(
 
 
 def _permute(case: Case, implementation: Implementation, truth: Expected) -> dict[str, list[float]]:
-    exact = truth.reference(truth.inputs, case.shape)
+    exact = truth.function.reference(truth.inputs, case.shape)
     found = implementation.run(truth.inputs, case.shape)
     names = ("order", "place", "start")
     return {
@@ -193,11 +226,6 @@ CHECKS = {"edge_topk": _edge_topk, "permute": _permute}
 
 def _keeping(inputs: Inputs, index_NK: Tensor | None) -> Inputs:
     return inputs if index_NK is None else inputs | {"index_NK": index_NK}
-
-
-def first(result: Any) -> Tensor:
-    y: Tensor = result if isinstance(result, Tensor) else result[0]
-    return y
 
 
 def _line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "deepspeed", "megatron-core", "kalmagrove")
+PACKAGES = ("torch", "triton", "deepspeed", "megatron-core", "fla-core", "kalmagrove")
 
 
 def environment() -> dict[str, Any]:

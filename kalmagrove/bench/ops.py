@@ -1,23 +1,21 @@
-"""The ops measured: what goes in, what must come out at any precision, what it costs at least.
+"""The ops of `kalmagrove bench kernels` as functions: the specification of their implementations.
 
-`Function` is the specification; `ours` and `peers` list implementations of it, and peers that
-compute a function of their own. Letters as in `cases`; P coefficients of an edge, S = N * K.
+`ours` and `peers` list these, and peers that compute a function of their own. Letters as in
+`cases`; P coefficients of an edge, S = N * K.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kalmagrove.bench.cases import Shape
+from kalmagrove.bench.spec import Cost, Draw, Function, Inputs, Shape, first_channel, moved_bytes
 from kalmagrove_kernels.edge import Kept, edge_topk
 from kalmagrove_kernels.polynomial import polynomial
 from kalmagrove_kernels.projection import basis_projection
-
-Inputs = dict[str, Tensor]  # those that require a gradient are the ones to differentiate by
 
 EDGE: dict[str, Any] = {"basis": "bspline", "degree": 3, "grid": 8, "base": "silu"}
 COEFFICIENTS = 3 + 8  # degree + grid
@@ -25,79 +23,8 @@ RANGE = (-3.0, 3.0)
 POLYNOMIAL: dict[str, Any] = {"basis": "chebyshev1", "squash": "tanh"}
 
 
-class Cost(NamedTuple):
-    """The least that a pass can do: operations, and bytes each read or written once."""
-
-    flops: float
-    moved: float
-
-
-class Function(NamedTuple):
-    """What an implementation computes.
-
-    inputs: fresh random ones, with `dy`, the gradient of what comes out first.
-    reference: the outcome in plain PyTorch, at the precision of the inputs; with `index_NK` among
-        them it keeps these edges instead of choosing.
-    costs: of "fwd" and "bwd", from the shape and the inputs.
-    selects: the kept edges that the reference chooses, where rounding can change the choice.
-    """
-
-    inputs: Callable[[Shape, torch.Generator, torch.dtype], Inputs]
-    reference: Callable[[Inputs, Shape], Any]
-    costs: Callable[[Shape, Inputs], dict[str, Cost]]
-    selects: Callable[[Inputs, Shape], Tensor] | None = None
-
-
-class UnavailableError(Exception):
-    """The implementation is not there: not built, not installed, or not for this device."""
-
-
-class Implementation(NamedTuple):
-    """run: the outcome from inputs and shape; what comes out first is differentiable.
-
-    function: what it computes, where that is not the op's. backend: ours, by name.
-    """
-
-    name: str
-    run: Callable[[Inputs, Shape], Any]
-    function: Function | None = None
-    backend: str | None = None
-
-
-class Draw:
-    """Random tensors of one device and type, from one generator."""
-
-    def __init__(self, generator: torch.Generator, dtype: torch.dtype) -> None:
-        self.generator, self.dtype = generator, dtype
-
-    def normal(self, *shape: int, std: float = 1.0, grad: bool = True) -> Tensor:
-        number = torch.randn(shape, generator=self.generator, device=self.generator.device)
-        return (number * std).to(self.dtype).requires_grad_(grad)
-
-    def kept(self, shape: Shape, groups: Inputs) -> Tensor:
-        """Different channels [N, K], int64; of the row's grove, where there are groves."""
-        of_grove = shape.get("M") or shape["C"]
-        score = torch.rand(
-            (shape["N"], of_grove), generator=self.generator, device=self.generator.device
-        )
-        return score.topk(shape["K"], dim=1).indices + first_channel(groups, shape)
-
-
-def first_channel(inputs: Inputs, shape: Shape) -> Tensor | int:
-    """Of each row's grove, [N, 1]; 0 for the one layer."""
-    return shape["M"] * inputs["group_N"].long().unsqueeze(1) if "group_N" in inputs else 0
-
-
 def channels(shape: Shape) -> int:
     return int(shape["C"] if "C" in shape else shape.get("G", 1) * shape["M"])
-
-
-def moved_bytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def leaves(inputs: Inputs) -> Inputs:
-    return {name: t for name, t in inputs.items() if t.requires_grad}
 
 
 # Groves: channel number = grove * M + edge; rows are sorted by grove.

@@ -12,22 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmagrove.bench import ops
-from kalmagrove.bench.cases import Shape
-from kalmagrove.bench.ops import Implementation, Inputs, UnavailableError
+from kalmagrove.bench.spec import Implementation, Inputs, Shape, UnavailableError, kernel
 
 Run = Callable[[Inputs, Shape], Any]
 
 
-def _op(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(f"kalmagrove_kernels.{module}"), name)
-    except (ImportError, AttributeError) as error:
-        raise UnavailableError(f"kalmagrove_kernels.{module}.{name} is not there") from error
-
-
 def permute(backend: str) -> Run:
     def run(inputs: Inputs, shape: Shape) -> Any:
-        sort = _op("permute", "sort_pairs")
+        sort = kernel("permute", "sort_pairs")
         return sort(inputs["index_NK"], ops.channels(shape), backend=backend)
 
     return run
@@ -40,7 +32,7 @@ def edge(backend: str) -> Run:
 def _edge_topk(h_NM: Tensor, inputs: Inputs, shape: Shape, backend: str) -> Any:
     weights = inputs["coef"], inputs["scale"], inputs["range"]
     options = ops.edge_options(inputs, shape)
-    return _op("edge", "edge_topk")(h_NM, *weights, backend=backend, **options)
+    return kernel("edge", "edge_topk")(h_NM, *weights, backend=backend, **options)
 
 
 def _edge_topk_linear(inputs: Inputs, shape: Shape) -> Any:
@@ -48,7 +40,7 @@ def _edge_topk_linear(inputs: Inputs, shape: Shape) -> Any:
     if "rows" in shape:
         raise UnavailableError("the fused kernel of h and the edges takes no groves")
     given = (inputs[name] for name in ("x", "w", "coef", "scale", "range"))
-    function = _op("edge.triton_linear", "edge_topk_linear")
+    function = kernel("edge.triton_linear", "edge_topk_linear")
     return function(*given, **ops.edge_options(inputs, shape))
 
 
@@ -58,7 +50,7 @@ def projection(backend: str) -> Run:
 
 def _project(inputs: Inputs, kept_NK: Tensor, index_NK: Tensor, backend: str) -> Any:
     given = inputs["x"], kept_NK, index_NK, inputs["v"], inputs["u"]
-    return _op("projection", "basis_projection")(*given, inner_silu=True, backend=backend)
+    return kernel("projection", "basis_projection")(*given, inner_silu=True, backend=backend)
 
 
 def fused(run: Run) -> Run:
@@ -89,7 +81,7 @@ def layer(edge_backend: str, projection_backend: str) -> Run:
 def _pre_activations(inputs: Inputs, shape: Shape) -> Tensor:
     if "rows" not in shape:
         return F.linear(inputs["x"], inputs["w"])
-    linear = _op("projection", "grouped_linear")
+    linear = kernel("projection", "grouped_linear")
     h_NM: Tensor = linear(inputs["x"], inputs["w"], inputs["start_G1"], backend="triton")
     return h_NM
 
@@ -97,7 +89,7 @@ def _pre_activations(inputs: Inputs, shape: Shape) -> Tensor:
 def polynomial(backend: str) -> Run:
     def run(inputs: Inputs, shape: Shape) -> Any:
         given = inputs["x"], inputs["coef"], inputs["bias"]
-        return _op("polynomial", "polynomial")(*given, backend=backend, **ops.POLYNOMIAL)
+        return kernel("polynomial", "polynomial")(*given, backend=backend, **ops.POLYNOMIAL)
 
     return run
 

@@ -5,7 +5,6 @@ they are checked against their own reference, and their floor is their own. Noth
 before it is asked for. Letters as in `cases`; H hidden units, X inner width of an expert.
 """
 
-import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmagrove.bench import ops
-from kalmagrove.bench.cases import Shape
-from kalmagrove.bench.ops import (
+from kalmagrove.bench.spec import (
     Cost,
     Draw,
     Function,
     Implementation,
     Inputs,
-    UnavailableError,
+    Shape,
     moved_bytes,
+    package,
 )
 from kalmagrove_kernels.polynomial import materialised
 from kalmagrove_kernels.projection import dense_masked
@@ -174,7 +173,7 @@ def _liger(inputs: Inputs, shape: Shape) -> Any:
     """liger_kernel 0.8.5: `LigerFusedMoEFunction.apply(x, gate_up, down, index, weights)`."""
     # Its autotuner tries some 240 variants a shape; unless asked for, it keeps to its one default.
     os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
-    module = _package("liger_kernel.ops.fused_moe", "liger-kernel")
+    module = package("liger_kernel.ops.fused_moe", "liger-kernel")
     weight_NK, index_NK = _softmax_topk(inputs, shape)
     weight_NK = weight_NK.to(inputs["x"].dtype)
     return module.LigerFusedMoEFunction.apply(
@@ -184,7 +183,7 @@ def _liger(inputs: Inputs, shape: Shape) -> Any:
 
 def _sonicmoe(inputs: Inputs, shape: Shape) -> Any:
     """sonic-moe 0.1.2: experts last in its weights' shapes, gate and up interleaved."""
-    module = _package("sonicmoe", "sonic-moe")
+    module = package("sonicmoe", "sonic-moe")
     return module.moe_TC_softmax_topk_layer(
         inputs["x"],
         inputs["router"],
@@ -196,15 +195,6 @@ def _sonicmoe(inputs: Inputs, shape: Shape) -> Any:
         torch.cuda.current_stream().cuda_stream,
         "swiglu",
     )[0]
-
-
-def _package(module: str, package: str) -> Any:
-    if not torch.cuda.is_available():
-        raise UnavailableError(f"{package} needs a GPU")
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UnavailableError(f"{package} cannot be imported: {error}") from error
 
 
 def _gemm_inputs(shape: Shape, generator: torch.Generator, dtype: torch.dtype) -> Inputs:

@@ -1,4 +1,4 @@
-"""What `kalmagrove bench kernels` found, as a table on the console, JSON, and plots."""
+"""What a suite of `kalmagrove bench` found, as a table on the console, JSON, and plots."""
 
 import importlib
 import json
@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kalmagrove.bench.cases import Case
+from kalmagrove.bench.spec import Case
 
 Record = dict[str, Any]
 PASSES = ("fwd", "bwd", "fwd+bwd")
@@ -50,14 +50,23 @@ def print_header(header: Record) -> None:
         f"{top['flops_per_s'] / 1e12:.3g} TFLOP/s",
         flush=True,
     )
+    if launch := header["launch_ms"]:
+        print(
+            f"an empty kernel in a graph: {1e3 * launch['kernel']:.2f} us, "
+            f"a graph of one: {1e3 * launch['graph']:.2f} us",
+            flush=True,
+        )
     if not header["claims"]:
         print("Times on a CPU are no claims: this only shows that everything works.", flush=True)
 
 
 def print_case(case: Case, records: Sequence[Record]) -> None:
-    """A row an implementation: ms from the host and replayed, how far from the floor, memory."""
+    """A row an implementation: ms from the host and replayed, how far from the floor, memory.
+
+    of_floor: the whole work's time, replayed if it was, over its floor.
+    """
     table = Table("ms", title=str(case), title_justify="left", box=box.SIMPLE)
-    for column in (*PASSES, *(f"graph {name}" for name in PASSES), "floor", "x floor", "MB"):
+    for column in (*PASSES, *(f"graph {name}" for name in PASSES), "floor", "of_floor", "MB"):
         table.add_column(column, justify="right")
     by_impl: dict[str, list[Record]] = {}
     for record in records:
@@ -84,8 +93,7 @@ def _cells(records: Sequence[Record]) -> list[str]:
     best = fastest(records)
     assert best is not None
     peak = max(record["peak_extra_bytes"] or 0 for record in records)
-    ratio = best["median_ms"] / best["floor_ms"]
-    return [*times, _ms(best["floor_ms"]), f"{ratio:.2f}", f"{peak / 1e6:.0f}"]
+    return [*times, _ms(best["floor_ms"]), f"{best['of_floor']:.2f}", f"{peak / 1e6:.0f}"]
 
 
 def _ms(value: float) -> str:
@@ -118,6 +126,8 @@ def plot(folder: Path, header: Record, records: Sequence[Record]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for op in dict.fromkeys(record["op"] for record in records):
+        suite = header["suite"]
+        name = op if op.startswith(suite) else f"{suite}_{op}"
         cases = _by_case([record for record in records if record["op"] == op])
         if not cases:
             continue
@@ -127,7 +137,7 @@ def plot(folder: Path, header: Record, records: Sequence[Record]) -> list[Path]:
             _bars(axis, title, bars)
         figure.suptitle(f"{op}, {header['gpu'] or header['machine']}, {header['dtype']}")
         for ending in ("png", "svg"):
-            path = folder / f"kernels_{op}.{ending}"
+            path = folder / f"{name}.{ending}"
             figure.savefig(path, dpi=150)
             written.append(path)
     print(f"plots: {folder}")

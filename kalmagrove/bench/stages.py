@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kalmagrove.bench.cases import Case, Shape
-from kalmagrove.bench.ops import EDGE, FUNCTIONS, POLYNOMIAL, Inputs, channels
+from kalmagrove.bench.ops import EDGE, FUNCTIONS, POLYNOMIAL, channels
+from kalmagrove.bench.spec import Case, Inputs, Shape
 from kalmagrove_kernels.permute import sort_pairs
 
 Outcome = tuple[Tensor, ...]

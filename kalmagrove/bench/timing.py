@@ -19,6 +19,8 @@ COPY_BYTES = 2**31  # of the buffer whose copy measures the memory's bandwidth
 MATMUL = 8192  # rows and columns of the product that measures the arithmetic
 CACHE_BYTES = 160 * 2**20  # input sets together exceed twice the cache of the GPUs in view
 MIN_SETS, MAX_SETS = 4, 64
+LARGE_BYTES = 512 * 2**20  # two input sets of this size suffice, and save memory
+LAUNCHES = 64  # empty kernels in a graph
 WARMUP = 2  # bursts
 
 
@@ -78,7 +80,8 @@ def sets_for(tensors: Sequence[Tensor], device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     size = sum(t.numel() * t.element_size() for t in tensors)
-    return min(max(-(-CACHE_BYTES // max(size, 1)), MIN_SETS), MAX_SETS)
+    least = MIN_SETS if size < LARGE_BYTES else 2
+    return min(max(-(-CACHE_BYTES // max(size, 1)), least), MAX_SETS)
 
 
 def ceilings(device: torch.device, rounds: int = 10) -> Ceilings:
@@ -95,6 +98,27 @@ def ceilings(device: torch.device, rounds: int = 10) -> Ceilings:
     measure([copy, matmul], rounds, device)
     moved = 2 * source.numel() * source.element_size()
     return Ceilings(moved / copy.median * 1e3, 2 * side**3 / matmul.median * 1e3)
+
+
+def launch_ms(device: torch.device, rounds: int = 10) -> dict[str, float] | None:
+    """What launching costs where nothing is computed; None on a CPU.
+
+    graph: one replay of a graph of one empty kernel. kernel: each kernel of a graph of many.
+    """
+    if device.type != "cuda":
+        return None
+    number, recorder = torch.zeros(1, device=device), Recorder()
+
+    def add(times: int) -> Task:
+        def burst(_: Any) -> None:
+            for _ in range(times):
+                number.add_(0)
+
+        return recorder.capture(Task(burst, times))
+
+    one, many = add(1), add(LAUNCHES)
+    measure([one, many], rounds, device)
+    return {"graph": round(one.median, 6), "kernel": round(many.median, 6)}
 
 
 def peak_extra_bytes(task: Task, device: torch.device) -> int | None:

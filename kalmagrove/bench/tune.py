@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from kalmagrove.bench.cases import Case, cases
+from kalmagrove.bench.cases import cases
 from kalmagrove.bench.check import poisoned, relative
 from kalmagrove.bench.environment import environment
+from kalmagrove.bench.spec import Case
 from kalmagrove.bench.stages import Stage, stages_of
 from kalmagrove.bench.timing import Task, measure
 from kalmagrove.config import KalmaGroveError

@@ -1,7 +1,8 @@
-"""`kalmagrove bench SUITE`: measure kernels against their peers, or layouts against one another."""
+"""`kalmagrove bench SUITE`: measure kernels against peers, or models and layouts side by side."""
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,29 +11,55 @@ from kalmagrove.config import KalmaGroveError
 USAGE = """kalmagrove bench: measure this machine
 
 usage: kalmagrove bench kernels [options]
+       kalmagrove bench ada [options]
+       kalmagrove bench lengths [options] [key=value ...]
        kalmagrove bench layouts [options] [key=value ...]
 
-  kernels   every kernel against its peers: checked, then time, memory, distance from the floor
+  kernels   every KAN kernel against its peers: checked, then time, memory, distance from the floor
+  ada       the same for the kernels of Arnold Diffusion Attention
+  lengths   training throughput of attentions by the length of the rows
   layouts   throughput, memory and communication of layouts, side by side
 
 kalmagrove bench SUITE --help lists the options of a suite.
 """
 
-KERNELS_USAGE = """kalmagrove bench kernels: our kernels and their peers, checked, then timed
-
-usage: kalmagrove bench kernels [options]
-
-  --device cuda|cpu   where (cuda); cpu only with --tiny, and its times are no claims
+OPTIONS = """  --device cuda|cpu   where (cuda); cpu only with --tiny, and its times are no claims
   --tiny              small shapes: does everything work?
-  --ops NAME[,NAME]   of permute, edge_topk, projection, kan_layer, polynomial (all)
-  --impl NAME[,NAME]  implementations: ours, ours-cuda, grouped_mm, dense, ... (all)
+  --ops NAME[,NAME]   of {ops} (all)
+  --impl NAME[,NAME]  implementations: {implementations}, ... (all)
   --rounds N          samples of each implementation and pass (10)
   --seed N            of the random inputs (0)
   --seconds S         begin no case after that
   --out FILE          the measurements, as JSON
-  --plots FOLDER      figures, PNG and SVG; needs matplotlib
+  --plots FOLDER      figures, PNG and SVG; needs matplotlib"""
+
+KERNELS_USAGE = f"""kalmagrove bench kernels: our kernels and their peers, checked, then timed
+
+usage: kalmagrove bench kernels [options]
+
+{
+    OPTIONS.format(
+        ops="permute, edge_topk, projection, kan_layer, polynomial",
+        implementations="ours, ours-cuda, grouped_mm, dense",
+    )
+}
   --tune              instead: time the Triton kernels' tile candidates, print the best as JSON
 
+Exit code 1: an implementation of ours failed its check.
+"""
+
+ADA_USAGE = f"""kalmagrove bench ada: the kernels of ADA and their peers, checked, then timed
+
+usage: kalmagrove bench ada [options]
+
+{
+    OPTIONS.format(
+        ops="ada_decode, ada_norm_gate, ada_prepare, ada",
+        implementations="ours, ours-learned, ours-plain, torch, fla, sdpa",
+    )
+}
+
+Peers called fla need fla-core 0.6.0 and einops (pip install fla-core==0.6.0 einops).
 Exit code 1: an implementation of ours failed its check.
 """
 
@@ -57,11 +84,11 @@ def main(argv: Sequence[str]) -> int:
     return SUITES[suite](rest)
 
 
-def _kernels(argv: Sequence[str]) -> int:
+def _against_peers(suite: str, usage: str, tunable: bool, argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
-        print(KERNELS_USAGE)
+        print(usage)
         return 0
-    parser = _Parser(prog="kalmagrove bench kernels", usage=KERNELS_USAGE, add_help=False)
+    parser = _Parser(prog=f"kalmagrove bench {suite}", usage=usage, add_help=False)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--ops", type=_names, default=())
@@ -71,23 +98,31 @@ def _kernels(argv: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plots", type=Path)
-    parser.add_argument("--tune", action="store_true")
+    if tunable:
+        parser.add_argument("--tune", action="store_true")
     chosen = vars(parser.parse_args(argv))
-    if chosen.pop("tune"):
+    if chosen.pop("tune", False):
         from kalmagrove.bench import tune
 
         return tune.run(
             **{name: chosen[name] for name in ("device", "tiny", "ops", "rounds", "out")}
         )
-    from kalmagrove.bench import kernels
+    from kalmagrove.bench import runner, suites
 
-    return kernels.run(implementations=chosen.pop("impl"), **chosen)
+    implementations = chosen.pop("impl")
+    return runner.run(suites.SUITES[suite], implementations=implementations, **chosen)
 
 
 def _layouts(argv: Sequence[str]) -> int:
-    from kalmagrove.cli import bench_layouts
+    from kalmagrove.cli.bench_layouts import main
 
-    return bench_layouts.main(argv)
+    return main(argv)
+
+
+def _lengths(argv: Sequence[str]) -> int:
+    from kalmagrove.cli.bench_lengths import main
+
+    return main(argv)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -101,4 +136,9 @@ def _positive(text: str) -> int:
     return number
 
 
-SUITES: dict[str, Callable[[Sequence[str]], int]] = {"kernels": _kernels, "layouts": _layouts}
+SUITES: dict[str, Callable[[Sequence[str]], int]] = {
+    "kernels": partial(_against_peers, "kernels", KERNELS_USAGE, True),
+    "ada": partial(_against_peers, "ada", ADA_USAGE, False),
+    "lengths": _lengths,
+    "layouts": _layouts,
+}

@@ -1,6 +1,6 @@
-"""Which kernels the KAN layers run: `model.backend`, or the best there are.
+"""Which kernels the layers run: `model.backend`, or the best there are.
 
-`kalmagrove.nn.ffn` asks for each layer. cuda: CUDA C++ where it is faster (edge functions with
+KAN layers and ADA ask when they are built. cuda: CUDA C++ where it is faster (edge functions with
 top-k, sorting) and Triton for the rest; triton: Triton for all; reference: plain PyTorch.
 """
 
@@ -41,14 +41,36 @@ def resolve_backend(backend: str, device: torch.device, kan: KAN) -> str:
     return backend
 
 
-def _missing(backend: str, device: str, kan: KAN) -> str | None:
-    """Why kernels cannot run there, or None."""
+def resolve_attention(backend: str, device: torch.device) -> str:
+    """The kernels of ADA on a device. They are Triton's, also where `model.backend` is cuda.
+
+    Raises:
+        ConfigError: kernels asked for by name cannot run.
+    """
+    if backend == "reference":
+        return backend
+    interpreted = backend != "auto" and bool(os.environ.get("TRITON_INTERPRET"))
+    why = None if interpreted else _without_triton(device.type)
+    if backend == "auto":
+        choice, reason = ("reference", f"; triton: {why}") if why else ("triton", "")
+        _log_once(f"ADA kernels: {choice} (model.backend=auto{reason})")
+        return choice
+    if why:
+        raise ConfigError("model.backend", backend, f"is not available: {why}", "use auto")
+    return "triton"
+
+
+def _without_triton(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if device != "cuda":
-        return f"the device is a {device}, no GPU"
-    if backend == "triton":
-        return None
+    return None if device == "cuda" else f"the device is a {device}, no GPU"
+
+
+def _missing(backend: str, device: str, kan: KAN) -> str | None:
+    """Why kernels cannot run there, or None."""
+    why = _without_triton(device)
+    if why or backend == "triton":
+        return why
     try:
         jit.find_nvcc()
     except RuntimeError as error:

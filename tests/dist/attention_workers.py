@@ -4,6 +4,7 @@ Run by `tests.dist.harness` with `module="tests.dist.attention_workers"`.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.dist.serving import serve
 D_MODEL = 24
 
 
-def some_model(kind: str, options: dict[str, Any]) -> Model:
+def some_model(kind: str, options: dict[str, Any], backend: str = "reference") -> Model:
     sizes: dict[str, dict[str, Any]] = {
         "ada": {"heads": 4, "head_dim": 6, "chunk": 4},
         "softmax": {"heads": 4, "kv_heads": 4, "head_dim": 6},
@@ -29,7 +30,7 @@ def some_model(kind: str, options: dict[str, Any]) -> Model:
     sizes[kind] |= options
     kan = {"edges": 8, "rank": 4}
     tree = {
-        "name": "test", "d_model": D_MODEL, "layers": 1,
+        "name": "test", "d_model": D_MODEL, "layers": 1, "backend": backend,
         "attention": {"pattern": [kind], **sizes},
         "ffn": {
             "pattern": ["dense"], "dense": {"hidden": 8},
@@ -84,7 +85,7 @@ def run(
 @dataclass(frozen=True)
 class Case:
     """documents: the lengths of the documents in each of two rows. again: recompute in the backward
-    pass, as activation checkpointing does."""
+    pass, as activation checkpointing does. backend: of the ranks' layers, not of the reference."""
 
     kind: str
     options: dict[str, Any]
@@ -92,6 +93,7 @@ class Case:
     documents: list[list[int]] | None = None
     dtype: str = "float64"
     again: bool = False
+    backend: str = "reference"
 
 
 class Reference:
@@ -99,8 +101,7 @@ class Reference:
 
     def __init__(self, case: Case) -> None:
         dtype = getattr(torch, case.dtype)
-        self.model = some_model(case.kind, case.options)
-        layer = some_layer(self.model, Groups.single())
+        layer = some_layer(some_model(case.kind, case.options), Groups.single())
         self.start = {name: p.detach().clone() for name, p in layer.named_parameters()}
         layer = layer.to(dtype)
         self.parameters = dict(layer.named_parameters())
@@ -116,7 +117,7 @@ class Reference:
 
 def compare(groups: Groups, case: Case, whole: Reference) -> dict[str, float]:
     """Distances of everything that this rank computes from the reference."""
-    layer = some_layer(whole.model, groups)
+    layer = some_layer(some_model(case.kind, case.options, case.backend), groups)
     pieces = dict(layer.named_parameters())
     assert pieces.keys() == whole.parameters.keys()
     found = {f"init {n}": distance(p.detach(), cut(p, whole.start[n])) for n, p in pieces.items()}
@@ -151,6 +152,7 @@ def attentions(
     layouts: dict[str, dict[str, Any]], cases: dict[str, dict[str, Any]], plan: dict[str, list[str]]
 ) -> dict[str, dict[str, float]]:
     """The largest distances on any rank, of the cases planned for each layout."""
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a case asks for kernels
     results: dict[str, dict[str, float]] = {}
     wholes: dict[str, Reference] = {}
     for layout, planned in plan.items():

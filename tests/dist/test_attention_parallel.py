@@ -7,10 +7,7 @@ import pytest
 
 from tests.dist.harness import WHOLE, run_ranks
 
-pytestmark = [
-    pytest.mark.dist,
-    pytest.mark.skipif(not WHOLE, reason="takes minutes; `make test-matrix` runs it"),
-]
+pytestmark = pytest.mark.dist
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
@@ -107,6 +104,7 @@ def results(ranks: int) -> Any:
     )
 
 
+@pytest.mark.skipif(not WHOLE, reason="takes minutes; `make test-matrix` runs it")
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_outputs_and_gradients_are_those_of_one_process(ranks: int) -> None:
     wrong = []
@@ -118,3 +116,28 @@ def test_outputs_and_gradients_are_those_of_one_process(ranks: int) -> None:
                 if not value <= (0.0 if what.startswith(("init", "alike")) else limit):
                     wrong.append(f"{layout}: {name}: {what} is off by {value:.1e}")
     assert not wrong, f"{len(wrong)} differ\n" + "\n".join(wrong[:40])
+
+
+KERNELS = {
+    "documents": {"options": {}, "documents": DOCUMENTS["around borders"]},
+    "uneven heads": {"options": {"qk_rank": ((2, 6, 4, 2),), "kernel_activation": "silu"}},
+}
+
+
+def test_kernels_in_layouts_are_the_reference_in_one_process() -> None:
+    """Triton's, in its interpreter; with cp behind the states of the pieces before."""
+    pytest.importorskip("triton")
+    given = {"kind": "ada", "dtype": "float32", "backend": "triton"}
+    found = run_ranks(
+        "attentions",
+        2,
+        module="tests.dist.attention_workers",
+        timeout=300,
+        layouts=LAYOUTS[2],
+        cases={name: {**given, **case} for name, case in KERNELS.items()},
+        plan={"cp2": list(KERNELS), "tp2 sequence": ["uneven heads"]},
+    )
+    assert len(found) == 3
+    for name, distances in found.items():
+        for what, value in distances.items():
+            assert value <= (0.0 if what.startswith(("init", "alike")) else 1e-4), (name, what)

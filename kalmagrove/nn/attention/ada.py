@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kalmagrove.config import Model
+from kalmagrove.nn.attention import ada_kernels
 from kalmagrove.nn.attention.key_kernel import build_taps, convolve
+from kalmagrove.nn.backends import resolve_attention
 from kalmagrove.nn.norm import RMSNorm, upcast
 from kalmagrove.nn.rope import rotary_angles, rotate
 from kalmagrove.parallel import (
@@ -70,6 +72,9 @@ class ADA(nn.Module):
         super().__init__()
         config = model.attention.ada
         self.config = config
+        self.backend = "reference"  # the forms other than auto are the reference's
+        if config.form == "auto":
+            self.backend = resolve_attention(model.backend, groups.device)
         self.tp, self.cp = TensorParallel.of(groups), ContextParallel.of(groups)
         self.head_dim = config.head_dim or model.d_model // config.heads
         self.scale = self.head_dim**-0.5
@@ -139,6 +144,8 @@ class ADA(nn.Module):
         if segments_BT is not None and cache is not None:
             raise ValueError("segments and a cache exclude each other")
         x_BTD = self.tp.enter(x_BTD)
+        if self.backend != "reference":
+            return self.tp.leave(self.w_o(ada_kernels.forward(self, x_BTD, segments_BT, cache)))
         q_BTHR = self._heads(self.w_q(x_BTD))
         k_BTHR = self._heads(self._convolved(self.w_k(x_BTD), segments_BT, cache))
         if self.config.qk_norm:
@@ -168,7 +175,7 @@ class ADA(nn.Module):
         cache: ADACache | None,
     ) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BTHR, k_BTHR, v_BTHV))
-        log_decay = self._log_decay(q.device)
+        log_decay = self.log_decay(q.device)
         if cache is not None:
             out, state = self._continue(q, k, v, log_decay, cache.state)
             cache.state, cache.tokens = state, cache.tokens + q.shape[2]
@@ -274,7 +281,7 @@ class ADA(nn.Module):
         square = x_BTHR.square().sum(-1, keepdim=True) / self.rank_H[:, None]
         return x_BTHR * (square + self.norm_eps).rsqrt()
 
-    def _log_decay(self, device: torch.device) -> Tensor | None:
+    def log_decay(self, device: torch.device) -> Tensor | None:
         """Logarithm of the decay per token, [H]: minus one over the time constant."""
         if self.config.decay == "none":
             return None

@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from kalmagrove.bench import kernels, report, tune
-from kalmagrove.bench.cases import Case, cases
+from kalmagrove.bench import report, runner, tune
+from kalmagrove.bench.cases import cases
 from kalmagrove.bench.check import check, expected, poisoned, relative
-from kalmagrove.bench.ops import FUNCTIONS, Implementation, Inputs, UnavailableError
+from kalmagrove.bench.ops import FUNCTIONS
 from kalmagrove.bench.ours import OURS
 from kalmagrove.bench.peers import PEERS
+from kalmagrove.bench.spec import Case, Implementation, Inputs, UnavailableError
+from kalmagrove.bench.suites import KERNELS
 from kalmagrove.bench.timing import Ceilings, Task, ceilings, measure, peak_extra_bytes, sets_for
 from kalmagrove.cli import main
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
 FIELDS = {"op", "impl", "ours", "shape", "pass", "graph", "median_ms", "min_ms", "floor_ms"}
-FIELDS |= {"peak_extra_bytes", "check", "errors", "gpu", "versions", "commit"}
+FIELDS |= {"peak_extra_bytes", "of_floor", "check", "errors", "gpu", "versions", "commit"}
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +85,7 @@ def test_our_kernels_pass_their_check_in_the_interpreter(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nope"], "nope is not a suite; use kernels, layouts"),
+        (["nope"], "nope is not a suite; use kernels, ada, lengths, layouts"),
         (["kernels", "--nope"], "unrecognized arguments: --nope"),
         (["kernels", "--rounds", "0"], "0 is not positive"),
         (["kernels", "--device", "cpu"], "--device cpu needs --tiny"),
@@ -105,13 +107,13 @@ def test_help_of_suites(capsys: pytest.CaptureFixture) -> None:
     assert main(["bench"]) == 2
     assert main(["bench", "--help"]) == 0
     assert "kalmagrove bench layouts" in capsys.readouterr().out
-    for suite in ("kernels", "layouts"):
+    for suite in ("kernels", "ada", "lengths", "layouts"):
         assert main(["bench", suite, "--help"]) == 0
         assert f"usage: kalmagrove bench {suite}" in capsys.readouterr().out
 
 
 def test_without_time_left_cases_are_named(capsys: pytest.CaptureFixture) -> None:
-    kernels.run(device="cpu", tiny=True, ops=["permute"], rounds=1, seconds=-1.0)
+    runner.run(KERNELS, device="cpu", tiny=True, ops=["permute"], rounds=1, seconds=-1.0)
     assert "not measured: permute N=63 K=3 C=12; permute N=48" in capsys.readouterr().out
 
 
@@ -171,6 +173,7 @@ def test_right_results_pass() -> None:
         (lambda i, s: right(i, s)[:-1], "failed: "),
         (raising(UnavailableError("not installed")), "unavailable: not installed"),
         (raising(KeyError("backend='cuda' must be")), "unavailable: "),
+        (raising(KeyError("a_kernel")), "failed: 'a_kernel'"),
         (raising(RuntimeError("backend=cuda is missing here")), "unavailable: backend=cuda"),
         (raising(RuntimeError("nvcc could not compile; choose backend='triton'")), "failed: nvcc"),
         (raising(RuntimeError("illegal memory access")), "failed: illegal memory access"),
@@ -217,12 +220,14 @@ def test_a_refused_implementation_has_no_time_and_the_exit_code_says_so(
     wrong = Implementation("ours", lambda i, s: 2 * right(i, s), backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(OURS, "projection", [wrong])
-    code = kernels.run(
-        device="cpu", tiny=True, ops=["projection"], implementations=["ours"], rounds=1
+    code = runner.run(
+        KERNELS, device="cpu", tiny=True, ops=["projection"], implementations=["ours"], rounds=1
     )
     assert code == 1
     assert "ours: failed: y is off by" in capsys.readouterr().out
-    found = kernels.measure_case(PROJECTION, [wrong], CPU, Ceilings(1e9, 1e9), 1, 0)
+    found = runner.measure_case(
+        PROJECTION, FUNCTIONS["projection"], [wrong], CPU, Ceilings(1e9, 1e9), 1, 0
+    )
     assert [record["median_ms"] for record in found] == [None]
 
 
@@ -295,7 +300,7 @@ def test_replayed_backward_is_a_difference() -> None:
         base | {"impl": "b", "pass": "fwd", "floor_ms": 0.2},
         base | {"pass": "fwd+bwd", "graph": False, "floor_ms": 0.6},
     ]
-    (found,) = kernels._graph_backwards(records)
+    (found,) = runner._graph_backwards(records)
     assert (found["pass"], found["method"], found["graph"]) == ("bwd", "difference", True)
     assert (found["median_ms"], found["min_ms"]) == (2.0, 1.5)
     assert found["floor_ms"] == pytest.approx(0.4)
@@ -317,7 +322,7 @@ def test_plots_show_every_op(tmp_path: Path) -> None:
         for op in ("permute", "projection")
         for impl, ms in (("ours", 1.0), ("torch.sort", 2.0), ("refused", None))
     ]
-    header = {"gpu": None, "machine": "x86", "dtype": "float32"}
+    header = {"suite": "kernels", "gpu": None, "machine": "x86", "dtype": "float32"}
     written = report.plot(tmp_path / "plots", header, records)
     assert {path.name for path in written} == {
         f"kernels_{op}.{ending}" for op in ("permute", "projection") for ending in ("png", "svg")

@@ -1,4 +1,4 @@
-"""Measure the kernels against their peers: `kalmagrove bench kernels`.
+"""Measure a suite of implementations against their peers: `kalmagrove bench kernels`, `ada`.
 
 For every case: random inputs, a check of each implementation, then all that passed take turns on
 the clock. What fails its check has no time. Device memory holds one case at a time.
@@ -13,17 +13,24 @@ from typing import Any
 import torch
 
 from kalmagrove.bench import report
-from kalmagrove.bench.cases import Case, cases
-from kalmagrove.bench.check import Verdict, check, expected, first
+from kalmagrove.bench.check import Verdict, check, expected
 from kalmagrove.bench.environment import environment
-from kalmagrove.bench.ops import FUNCTIONS, Cost, Function, Implementation, Inputs, leaves
-from kalmagrove.bench.ours import OURS
-from kalmagrove.bench.peers import PEERS
+from kalmagrove.bench.spec import (
+    Case,
+    Cost,
+    Function,
+    Implementation,
+    Inputs,
+    Suite,
+    first,
+    leaves,
+)
 from kalmagrove.bench.timing import (
     Ceilings,
     Recorder,
     Task,
     ceilings,
+    launch_ms,
     measure,
     no_waiting,
     peak_extra_bytes,
@@ -42,6 +49,7 @@ METHOD = (
 
 
 def run(
+    suite: Suite,
     *,
     device: str = "cuda",
     tiny: bool = False,
@@ -59,13 +67,14 @@ def run(
         ops, implementations: names to keep; all if empty.
         seconds: begin no case after that.
     """
-    where = _device(device, tiny)
-    _known("--ops", ops, OURS)
-    _known("--impl", implementations, [i.name for each in (OURS, PEERS) for i in _all(each)])
+    where = _device(device, tiny, suite)
+    named = [i.name for table in (suite.ours, suite.peers) for each in table.values() for i in each]
+    _known("--ops", ops, suite.functions)
+    _known("--impl", implementations, named)
     begun = time.monotonic()
-    chosen = [case for case in cases(tiny=tiny) if not ops or case.op in ops]
+    chosen = [case for case in suite.cases(tiny=tiny) if not ops or case.op in ops]
     top = ceilings(where)
-    header = _header(where, top, rounds, seed)
+    header = _header(suite, where, top, rounds, seed)
     records: list[Record] = []
     report.print_header(header)
     for case in chosen:
@@ -74,12 +83,12 @@ def run(
             continue
         listed = [
             implementation
-            for implementation in OURS[case.op] + PEERS[case.op]
+            for implementation in suite.ours[case.op] + suite.peers[case.op]
             if not implementations or implementation.name in implementations
         ]
         if not listed:
             continue
-        found = measure_case(case, listed, where, top, rounds, seed)
+        found = measure_case(case, suite.functions[case.op], listed, where, top, rounds, seed)
         records += [record | report.of_header(header) for record in found]
         report.print_case(case, found)
         header["seconds"] = round(time.monotonic() - begun, 1)
@@ -91,33 +100,31 @@ def run(
     return int(any(r["ours"] and r["check"].startswith("failed") for r in records))
 
 
-def _all(table: dict[str, list[Implementation]]) -> list[Implementation]:
-    return [implementation for listed in table.values() for implementation in listed]
-
-
 def _known(option: str, names: Sequence[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(option, name, f"must be one of {', '.join(dict.fromkeys(known))}")
 
 
-def _device(name: str, tiny: bool) -> torch.device:
+def _device(name: str, tiny: bool, suite: Suite) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise KalmaGroveError("there is no GPU; try kalmagrove bench kernels --device cpu --tiny")
+        command = f"kalmagrove bench {suite.name} --device cpu --tiny"
+        raise KalmaGroveError(f"there is no GPU; try {command}")
     if name == "cpu" and not tiny:
         raise KalmaGroveError("--device cpu needs --tiny: the full shapes would take hours")
     return torch.device(name)
 
 
-def _header(device: torch.device, top: Ceilings, rounds: int, seed: int) -> Record:
+def _header(suite: Suite, device: torch.device, top: Ceilings, rounds: int, seed: int) -> Record:
     cuda = device.type == "cuda"
     return environment() | {
-        "suite": "kernels",
+        "suite": suite.name,
         "date": time.strftime("%Y-%m-%d"),
         "device": device.type,
         "driver": report.driver() if cuda else None,
         "dtype": str(_dtype(device)).removeprefix("torch."),
         "ceilings": top._asdict(),
+        "launch_ms": launch_ms(device),
         "rounds": rounds,
         "seed": seed,
         "method": METHOD,
@@ -132,21 +139,25 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 def measure_case(
     case: Case,
+    function: Function,
     implementations: Sequence[Implementation],
     device: torch.device,
     top: Ceilings,
     rounds: int,
     seed: int,
 ) -> list[Record]:
-    """Records of all passes of all implementations; one without a time for each that is refused."""
+    """Records of all passes of all implementations; one without a time for each that is refused.
+
+    function: what those without a function of their own compute.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     recorder = Recorder() if device.type == "cuda" else None
     records: list[Record] = []
     timed: list[tuple[Record, Task]] = []
-    for function, members in _by_function(case, implementations).items():
-        sets = _input_sets(case, function, generator, device)
-        floors = _floors(function.costs(case.shape, sets[0]), top)
-        for implementation, verdict in _verdicts(case, function, members, sets[0], device):
+    for computed, members in _by_function(function, implementations).items():
+        sets = _input_sets(case, computed, generator, device)
+        floors = _floors(computed.costs(case.shape, sets[0]), top)
+        for implementation, verdict in _verdicts(case, computed, members, sets[0], device):
             record = _base(case, implementation, verdict)
             try:
                 tasks = []
@@ -210,12 +221,11 @@ def _tasks(
 
 
 def _by_function(
-    case: Case, implementations: Sequence[Implementation]
+    function: Function, implementations: Sequence[Implementation]
 ) -> dict[Function, list[Implementation]]:
     groups: dict[Function, list[Implementation]] = {}
     for implementation in implementations:
-        function = implementation.function or FUNCTIONS[case.op]
-        groups.setdefault(function, []).append(implementation)
+        groups.setdefault(implementation.function or function, []).append(implementation)
     return groups
 
 
@@ -241,6 +251,7 @@ def _base(case: Case, implementation: Implementation, verdict: Verdict) -> Recor
         "min_ms": None,
         "peak_extra_bytes": None,
         "floor_ms": None,
+        "of_floor": None,
         "check": verdict.check,
         "errors": verdict.errors,
     }
@@ -292,7 +303,11 @@ def _captured(
 
 def _with_times(record: Record, task: Task) -> Record:
     times = {"median_ms": task.median, "min_ms": min(task.samples)}
-    return record | {name: round(ms, 6) for name, ms in times.items()}
+    return _of_floor(record | {name: round(ms, 6) for name, ms in times.items()})
+
+
+def _of_floor(record: Record) -> Record:
+    return record | {"of_floor": round(record["median_ms"] / record["floor_ms"], 3)}
 
 
 def _graph_backwards(records: list[Record]) -> list[Record]:
@@ -302,12 +317,14 @@ def _graph_backwards(records: list[Record]) -> list[Record]:
         if record["graph"]:
             replayed.setdefault(record["impl"], {})[record["pass"]] = record
     return [
-        passes["fwd+bwd"]
-        | {"pass": "bwd", "method": "difference"}
-        | {
-            name: round(passes["fwd+bwd"][name] - passes["fwd"][name], 6)
-            for name in ("median_ms", "min_ms", "floor_ms")
-        }
+        _of_floor(
+            passes["fwd+bwd"]
+            | {"pass": "bwd", "method": "difference"}
+            | {
+                name: round(passes["fwd+bwd"][name] - passes["fwd"][name], 6)
+                for name in ("median_ms", "min_ms", "floor_ms")
+            }
+        )
         for passes in replayed.values()
         if {"fwd", "fwd+bwd"} <= set(passes)
     ]

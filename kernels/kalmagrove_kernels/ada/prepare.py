@@ -1,0 +1,147 @@
+"""The prepare op: what ADA does to queries and keys between their projection and the attention.
+
+    y = rotate(norm(silu(x * kappa)))        each step where it is asked for
+
+Called by `kalmagrove.nn.attention.ada`; `prepare_reference` is the specification.
+Letters: B batch, T tokens, C packed channels, H heads, R width of the widest head, P taps, r pairs.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kalmagrove_kernels.ada.reference import upcast
+
+BACKENDS = ("reference", "triton")
+
+
+def prepare(
+    x_BTC: Tensor,
+    *,
+    heads: int,
+    width: int,
+    taps_CP: Tensor | None = None,
+    tail_BPC: Tensor | None = None,
+    segments_BT: Tensor | None = None,
+    silu: bool = False,
+    norm_eps: float | None = None,
+    angles_THr: Tensor | None = None,
+    slot_S: Tensor | None = None,
+    rank_H: Tensor | None = None,
+    backend: str = "reference",
+) -> Tensor:
+    """Queries or keys ready to attend, [B, T, H, R] in the dtype of x.
+
+    Differentiable in x, taps and tail.
+
+    Args:
+        x_BTC: the projection's output, heads side by side.
+        taps_CP: causal depthwise convolution y_t = sum_p taps[:, p] x_(t - p); None: none.
+        tail_BPC: the P - 1 rows before the first; None: zeros.
+        segments_BT: documents, which the convolution does not cross; with a tail those of its rows
+            come first.
+        silu: after the convolution.
+        norm_eps: of the RMS norm per head, without weight; None: no norm.
+        angles_THr: rotary angles, fp32 [T, 1 or H, R / 2]; pairs are (i, R / 2 + i). None: none.
+        slot_S: the channel that each of the H * R entries shows, C for none (a zero); None: heads
+            of R channels each.
+        rank_H: channels of each head, which the norm averages over; None: R.
+        backend: one of `BACKENDS`. All steps are computed in fp32 (the reference: fp64 stays).
+    Raises:
+        KeyError: there is no such backend.
+        RuntimeError: the backend is "triton" and Triton is not installed.
+        ValueError: a tail without taps.
+    """
+    if backend not in BACKENDS:
+        raise KeyError(f"backend={backend!r} must be one of {BACKENDS}")
+    if tail_BPC is not None and taps_CP is None:
+        raise ValueError("tail_BPC needs taps_CP: without a convolution nothing reaches back")
+    before = 0
+    if tail_BPC is not None:
+        before = tail_BPC.shape[1]
+        x_BTC = torch.cat([tail_BPC.to(x_BTC.dtype), x_BTC], dim=1)
+        if angles_THr is not None:
+            angles_THr = F.pad(angles_THr, (0, 0, 0, 0, before, 0))
+    if backend == "reference":
+        y_BTHR = prepare_reference(
+            x_BTC, heads, width, taps_CP, segments_BT, silu, norm_eps, angles_THr, slot_S, rank_H
+        )
+    else:
+        y_BTHR = _triton(
+            x_BTC, heads, width, taps_CP, segments_BT, silu, norm_eps, angles_THr, slot_S, rank_H
+        )
+    return y_BTHR[:, before:] if before else y_BTHR
+
+
+def prepare_reference(
+    x_BTC: Tensor,
+    heads: int,
+    width: int,
+    taps_CP: Tensor | None,
+    segments_BT: Tensor | None,
+    silu: bool,
+    norm_eps: float | None,
+    angles_THr: Tensor | None,
+    slot_S: Tensor | None,
+    rank_H: Tensor | None,
+) -> Tensor:
+    """The steps one after the other; arguments as of `prepare`."""
+    y = upcast(x_BTC)
+    if taps_CP is not None:
+        y = _convolve(y, taps_CP.to(y.dtype), segments_BT)
+    if silu:
+        y = F.silu(y)
+    if slot_S is not None:
+        y = F.pad(y, (0, 1)).index_select(-1, slot_S)  # the pad is the zero of missing entries
+    y = y.unflatten(-1, (heads, width))
+    if norm_eps is not None:
+        ranks = width if rank_H is None else rank_H[:, None]
+        y = y * (y.square().sum(-1, keepdim=True) / ranks + norm_eps).rsqrt()
+    if angles_THr is not None:
+        cos, sin = angles_THr.cos().to(y.dtype), angles_THr.sin().to(y.dtype)
+        low, high = y.chunk(2, dim=-1)
+        y = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    return y.to(x_BTC.dtype)
+
+
+def _convolve(x_BTC: Tensor, taps_CP: Tensor, segments_BT: Tensor | None) -> Tensor:
+    y = x_BTC * taps_CP[:, 0]
+    for lag in range(1, min(taps_CP.shape[1], x_BTC.shape[1])):
+        shifted = F.pad(x_BTC[:, :-lag], (0, 0, lag, 0))
+        if segments_BT is not None:
+            same = F.pad(segments_BT[:, lag:] == segments_BT[:, :-lag], (lag, 0))
+            shifted = shifted.masked_fill(~same.unsqueeze(-1), 0.0)
+        y = y + shifted * taps_CP[:, lag]
+    return y
+
+
+@torch.compiler.disable  # launches that torch.compile cannot trace
+def _triton(
+    x_BTC: Tensor,
+    heads: int,
+    width: int,
+    taps_CP: Tensor | None,
+    segments_BT: Tensor | None,
+    silu: bool,
+    norm_eps: float | None,
+    angles_THr: Tensor | None,
+    slot_S: Tensor | None,
+    rank_H: Tensor | None,
+) -> Tensor:
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("backend='triton' needs the package triton: install kalmagrove[gpu]")
+    from kalmagrove_kernels.ada import triton_prepare
+
+    options = triton_prepare.Options(
+        heads=heads,
+        width=width,
+        silu=silu,
+        norm_eps=norm_eps,
+        angles_THr=None if angles_THr is None else angles_THr.float().contiguous(),
+        segments_BT=None if segments_BT is None else segments_BT.to(torch.int32).contiguous(),
+        slot_S=slot_S,
+        rank_H=rank_H,
+    )
+    return triton_prepare.prepare(x_BTC, taps_CP, options)

@@ -1,0 +1,57 @@
+"""Block shapes of the ADA kernels, chosen by measurement on one GPU, and how rows are cut in spans.
+
+`triton` reads them when it launches; `kalmagrove bench ada --tune` times the candidates.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """chunk: tokens that scores are formed of at once (C). columns: of the result, in a program."""
+
+    chunk: int = 64
+    columns: int = 64
+    warps: int = 4
+    stages: int = 2
+
+
+# By kernel and by the widest of E and F, as a power of two.
+TILES: dict[str, dict[int, Tile]] = {
+    "attend": {
+        64: Tile(64, 64, warps=4, stages=3),
+        128: Tile(64, 64, warps=4, stages=3),
+        256: Tile(64, 64, warps=8, stages=1),
+    },
+    "span": {
+        64: Tile(64, 64, warps=4, stages=2),
+        128: Tile(64, 64, warps=4, stages=2),
+        256: Tile(64, 64, warps=4, stages=2),
+    },
+}
+FP32 = Tile(32, 32, warps=4, stages=1)  # twice the bytes, and no tensor core of full precision
+
+# Programs in two column blocks that fill a Hopper GPU: fewer leave multiprocessors idle.
+PROGRAMS = 128
+LONGEST = 4096  # tokens of a span: the gradient of the decay is summed along it, with its rounding
+SHORTEST = 256
+
+
+def tile_of(kind: str, widths: tuple[int, int], dtype: torch.dtype) -> Tile:
+    """The tile of a kernel ("attend", "span") over tensors of the widths E and F."""
+    widest = max(16, *(1 << (width - 1).bit_length() for width in widths))
+    tile = FP32 if dtype == torch.float32 else TILES[kind][max(64, min(256, widest))]
+    columns = max(16, 1 << (widths[1] - 1).bit_length())
+    return tile._replace(columns=min(tile.columns, columns))
+
+
+def span_of(tokens: int, rows: int) -> int:
+    """Tokens of a span, a power of two: as long as enough programs run at once.
+
+    rows: sequences times heads. A span that is not the whole row costs a state each.
+    """
+    span = max(SHORTEST, 1 << (tokens - 1).bit_length())
+    while span > SHORTEST and (span > LONGEST or rows * -(-tokens // span) < PROGRAMS):
+        span //= 2
+    return span
