@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kalmagrove.bench import ops
@@ -72,18 +71,23 @@ def layer(edge_backend: str, projection_backend: str) -> Run:
         if edge_backend == "linear":
             kept = _edge_topk_linear(inputs, shape)
         else:
-            kept = _edge_topk(_pre_activations(inputs, shape), inputs, shape, edge_backend)
-        return _project(inputs, kept.value_NK.to(x.dtype), kept.index_NK, projection_backend)
+            h_NM, x = _pre_activations(inputs, shape)
+            kept = _edge_topk(h_NM, inputs, shape, edge_backend)
+        return _project(
+            inputs | {"x": x}, kept.value_NK.to(x.dtype), kept.index_NK, projection_backend
+        )
 
     return run
 
 
-def _pre_activations(inputs: Inputs, shape: Shape) -> Tensor:
+def _pre_activations(inputs: Inputs, shape: Shape) -> tuple[Tensor, Tensor]:
+    """h, and x for the projection."""
+    x, w = inputs["x"], inputs["w"]
     if "rows" not in shape:
-        return F.linear(inputs["x"], inputs["w"])
+        h_NM, beside_ND = kernel("projection", "linear_beside")(x, w)
+        return h_NM, beside_ND
     linear = kernel("projection", "grouped_linear")
-    h_NM: Tensor = linear(inputs["x"], inputs["w"], inputs["start_G1"], backend="triton")
-    return h_NM
+    return linear(x, w, inputs["start_G1"], backend="triton"), x
 
 
 def polynomial(backend: str) -> Run:

@@ -20,7 +20,7 @@ from kalmagrove.nn.edge import EdgeActivation, normal_quantiles
 from kalmagrove.parallel import Groups, TensorParallel, all_gather, normal_, parameter
 from kalmagrove_kernels.edge import BASES as BASE_FUNCTIONS
 from kalmagrove_kernels.edge import Kept
-from kalmagrove_kernels.projection import basis_projection, dense_masked
+from kalmagrove_kernels.projection import basis_projection, dense_masked, linear_beside
 
 
 class KANWeights(NamedTuple):
@@ -65,17 +65,17 @@ def kan(
     grove: int | None = None,
 ) -> tuple[Tensor, EdgeUse]:
     """y [N, D] of one layer, with the edge functions of grove `grove` where they are stacked."""
-    routed, use = route(x_ND, weights.w_MD, config, edge, grove)
+    h_NM, x_ND = linear_beside(x_ND, weights.w_MD)
+    routed, use = route(h_NM, config, edge, grove)
     return project(x_ND, routed, weights.v_MRD, weights.u_MRD, config, edge.backend), use
 
 
 def route(
-    x_ND: Tensor, w_MD: Tensor, config: KAN, edge: EdgeActivation, grove: int | None = None
+    h_NM: Tensor, config: KAN, edge: EdgeActivation, grove: int | None = None
 ) -> tuple[Routed, EdgeUse]:
-    """h = W_e x;  E = phi(h);  M = ST(E, k)."""
-    h_NM = F.linear(x_ND, w_MD)
+    """E = phi(h);  M = ST(E, k)."""
     if config.routing == "hard":
-        return routed_by(edge.topk(h_NM, config.top_k, grove), h_NM, len(w_MD))
+        return routed_by(edge.topk(h_NM, config.top_k, grove), h_NM, h_NM.shape[1])
     e_NM = edge(h_NM, grove)
     value_NM, index_NK = routing.straight_through(e_NM, config.top_k, config.routing_width)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def route(
             outside=edge.outside(h_NM, grove),
             kept=square_NM.gather(1, index_NK).sum(),
             energy=square_NM.sum(),
-            used_M=_used(index_NK, len(w_MD)),
+            used_M=_used(index_NK, h_NM.shape[1]),
         )
     return Routed(value_NM.to(h_NM.dtype), index_NK), use
 
@@ -164,11 +164,10 @@ class KANLayer(nn.Module):
         self.edge.init_weights()
 
     def forward(self, x_BTD: Tensor) -> FFNOutput:
-        routed, self.use = route(
-            x_BTD.flatten(0, -2), self.tp.stream(self.edges), self.config, self.edge
-        )
+        h_NM, beside_ND = linear_beside(x_BTD.flatten(0, -2), self.tp.stream(self.edges))
+        routed, self.use = route(h_NM, self.config, self.edge)
         self.metrics = self.use.metrics
-        inner_BTD = self.tp.enter(x_BTD)
+        inner_BTD = self.tp.enter(beside_ND.view_as(x_BTD))
         y_ND = project(
             inner_BTD.flatten(0, -2),
             self._enter(routed, x_BTD.shape[:-1]),

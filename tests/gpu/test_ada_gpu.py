@@ -17,7 +17,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-DECAY = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-3}
+DECAY = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-3}
+# States are sums of products of half precision, which the reference does not round.
+STATE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-5}
 FLOOR = {torch.bfloat16: 1e-3, torch.float16: 2e-4, torch.float32: 2e-5}
 
 
@@ -73,10 +75,11 @@ def check(given: dict[str, Tensor], **more: Any) -> None:
         name: (relative(value, truth[name]), relative(theirs[name], truth[name]))
         for name, value in ours.items()
     }
+    own = {"ddecay": DECAY[dtype], "end": STATE[dtype], "dstate": STATE[dtype]}
     bad = {
         name: (mine, reference)
         for name, (mine, reference) in errors.items()
-        if not mine <= (DECAY[dtype] if name == "ddecay" else 2 * reference + FLOOR[dtype])
+        if not mine <= own.get(name, 2 * reference + FLOOR[dtype])
     }
     assert not bad, (bad, errors)
 
@@ -116,6 +119,7 @@ def test_65536_tokens_do_not_drift(low_high: tuple[float, float]) -> None:
     given = case((1, 65536, 3, 128, 128), torch.bfloat16)
     given["decay"] = time_constants(3, *low_high)
     ours = run(given, "triton", None)
+    decays = []
     for head in range(3):
         one = {n: x[head : head + 1] if n == "decay" else x[:, :, head : head + 1]
                for n, x in given.items()}  # fmt: skip
@@ -131,11 +135,12 @@ def test_65536_tokens_do_not_drift(low_high: tuple[float, float]) -> None:
         truth["out"] = out
         for name, value in truth.items():
             if name == "ddecay":
-                assert relative(ours[name][head], value[0]) < 0.1, (name, head)
+                decays.append(value[0])
                 continue
             mine = ours[name][:, :, head : head + 1]
             for part in (slice(0, 1000), slice(32000, 33000), slice(64536, 65536)):
                 assert relative(mine[:, part], value[:, part]) < 6e-3, (name, head, part)
+    assert relative(ours["ddecay"], torch.stack(decays)) < DECAY[torch.bfloat16]
 
 
 @pytest.mark.parametrize("size", [1e4, 1e-20])
@@ -157,10 +162,10 @@ def test_pieces_of_a_row_are_the_row() -> None:
         cut = (given[n][:, piece] for n in "qkv")
         out, state = ada.attention(*cut, state_BHRV=state, return_state=True, **options)
         outs.append(out)
-    assert relative(torch.cat(outs, 1), whole) < 4e-3
+    assert relative(torch.cat(outs, 1), whole) < 5e-3
     assert end is not None
     assert state is not None
-    assert relative(state, end) < 2e-3
+    assert relative(state, end) < STATE[torch.bfloat16]
 
 
 def prepared(x: Tensor, taps: Tensor | None, backend: str, **options: Any) -> list[Tensor]:
@@ -211,7 +216,7 @@ def test_memory_is_what_a_layer_must_keep() -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out, _ = ada.attention(q, k, v, scale=0.1, **options)
-    states = 4 * 16 * 128 * 128 * (16384 // 1024)
+    states = 4 * 16 * 128 * 128 * (16384 // 2048)
     assert torch.cuda.max_memory_allocated() - before <= out.numel() * 2 + states + 2**20
 
 

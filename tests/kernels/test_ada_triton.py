@@ -31,6 +31,8 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tiles, "FP32", Tile(16, 16, stages=1))
     monkeypatch.setattr(tiles, "SHORTEST", 32)
     monkeypatch.setattr(tiles, "LONGEST", 32)
+    monkeypatch.setattr(tiles, "ANCHOR", 16)
+    monkeypatch.setattr(tiles, "FEW", 1000)
     monkeypatch.setattr(triton_prepare, "SPAN", 64)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -39,8 +41,9 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
+    """Of numbers around 1; where they are zero, as the decay's gradient of one token, absolute."""
     gap = torch.linalg.vector_norm(found.detach().double() - expected.detach())
-    return float(gap / (torch.linalg.vector_norm(expected.detach()) + 1e-30))
+    return float(gap / (torch.linalg.vector_norm(expected.detach()) + 1e-2))
 
 
 def documents(batch: int, tokens: int) -> Tensor:

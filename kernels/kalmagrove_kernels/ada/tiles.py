@@ -32,10 +32,11 @@ TILES: dict[str, dict[int, Tile]] = {
 }
 FP32 = Tile(32, 32, warps=4, stages=1)  # twice the bytes, and no tensor core of full precision
 
-# Programs in two column blocks that fill a Hopper GPU: fewer leave multiprocessors idle.
-PROGRAMS = 128
-LONGEST = 4096  # tokens of a span: the gradient of the decay is summed along it, with its rounding
+FEW = 120  # programs without which most multiprocessors idle; whole rows are best if so many run
+PROGRAMS = 256  # else as many, as a second wave hides what the first one waits for
+LONGEST = 4096  # tokens of a span; a longer one would not be read any faster
 SHORTEST = 256
+ANCHOR = 256  # tokens between the points where the gradient of the decay is known exactly
 
 
 def tile_of(kind: str, widths: tuple[int, int], dtype: torch.dtype) -> Tile:
@@ -46,12 +47,14 @@ def tile_of(kind: str, widths: tuple[int, int], dtype: torch.dtype) -> Tile:
     return tile._replace(columns=min(tile.columns, columns))
 
 
-def span_of(tokens: int, rows: int) -> int:
-    """Tokens of a span, a power of two: as long as enough programs run at once.
+def span_of(tokens: int, columns: int) -> int:
+    """Tokens of a span, a power of two. A span that is not the whole row costs a state each.
 
-    rows: sequences times heads. A span that is not the whole row costs a state each.
+    columns: sequences times heads times the blocks of columns of a head.
     """
     span = max(SHORTEST, 1 << (tokens - 1).bit_length())
-    while span > SHORTEST and (span > LONGEST or rows * -(-tokens // span) < PROGRAMS):
+    if columns >= FEW:
+        return span
+    while span > SHORTEST and (span > LONGEST or columns * -(-tokens // span) < PROGRAMS):
         span //= 2
     return span

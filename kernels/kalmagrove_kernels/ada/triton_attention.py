@@ -241,6 +241,14 @@ def scan_kernel(
 
 
 @triton.jit
+def _anchor(
+    anchor_GAEF, group, t0, T, e, f, E: tl.constexpr, F: tl.constexpr, ANCHOR: tl.constexpr
+):
+    number = group.to(tl.int64) * ((T + ANCHOR - 1) // ANCHOR) + t0 // ANCHOR
+    return anchor_GAEF + number * (E * F) + e[:, None] * F + f[None, :]
+
+
+@triton.jit
 def attend_kernel(
     a_BTHE,
     b_BTHE,
@@ -252,6 +260,8 @@ def attend_kernel(
     out_BTHF,
     beside_BTHF,
     dots_IGT,
+    anchor_GAEF,
+    flow_IGA,
     T,
     H,
     scale,
@@ -269,6 +279,7 @@ def attend_kernel(
     SCORES: tl.constexpr,
     STATE: tl.constexpr,
     DOTS: tl.constexpr,
+    ANCHOR: tl.constexpr,
     BULK: tl.constexpr,
     WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -278,7 +289,9 @@ def attend_kernel(
 
     state: the state that each span begins with, element (e, f) at e * stride_e + f * stride_f.
     SCORES: false leaves out the sum over the row's own tokens: what comes from the state is left.
-    DOTS: also store the products of each row of out with that of `beside`, in a part a F block.
+    DOTS: also store the products of each row of out with that of `beside`, in a part a F block;
+    and forward the state before every ANCHOR-th token, in reverse its product with that state,
+    times scale.
     """
     span, group = tl.program_id(1), tl.program_id(2)
     batch, head = group // H, group % H
@@ -311,6 +324,10 @@ def attend_kernel(
             first = (chunks - 1 - i) * C
         n = tl.minimum(C, tokens - first)
         t0 = span * SPAN + first
+        if DOTS and not REVERSE and t0 % ANCHOR == 0:
+            ptrs = _anchor(anchor_GAEF, group, t0, T, e, f, E, F, ANCHOR)
+            mask = (e < E)[:, None] & (f < F)[None, :]
+            tl.store(ptrs, state.to(anchor_GAEF.dtype.element_ty), mask=mask)
         a = _load(a_BTHE, batch, head, t0, 0, T, H, E, C, BE, BULK, WHOLE)
         read, add, kept, segment = _weights(p, t0, n, rate, segment_BT, entering, DECAY, SEGMENTS)
         if REVERSE:
@@ -337,4 +354,55 @@ def attend_kernel(
             part = tl.program_id(0) * tl.num_programs(2) + group
             dots_ptrs = dots_IGT + part.to(tl.int64) * T + t0 + p
             tl.store(dots_ptrs, dots, mask=p < n)
+            if REVERSE and t0 % ANCHOR == 0:
+                ptrs = _anchor(anchor_GAEF, group, t0, T, e, f, E, F, ANCHOR)
+                mask = (e < E)[:, None] & (f < F)[None, :]
+                before = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+                flow = tl.sum(tl.sum(before * state, 1), 0) * scale
+                anchors = (T + ANCHOR - 1) // ANCHOR
+                tl.store(flow_IGA + part.to(tl.int64) * anchors + t0 // ANCHOR, flow)
         _store(out_BTHF, out, batch, head, t0, f_0, T, H, F, C, BF, BULK)
+
+
+@triton.jit
+def flow_kernel(
+    q_dots_IGT,
+    k_dots_JGT,
+    flow_JGA,
+    last_G,
+    grad_GA,
+    T,
+    G,
+    Q_PARTS: tl.constexpr,
+    K_PARTS: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """The sum of what passes each of ANCHOR tokens, see `triton.Flows`. Grid: A, G.
+
+    Between two points where that is known it is what passed the first, and what keys put in less
+    what queries took since. Products and flows come in parts.
+    """
+    anchor, group, anchors = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    first = anchor * ANCHOR
+    n = tl.minimum(ANCHOR, T - first)
+    token = tl.arange(0, BLOCK)
+    live = token < n
+    put = tl.zeros([BLOCK], tl.float32)
+    at = group.to(tl.int64) * T + first + token
+    for i in tl.static_range(Q_PARTS):
+        put -= tl.load(q_dots_IGT + i * G.to(tl.int64) * T + at, mask=live, other=0.0)
+    before = 0.0
+    after = 0.0
+    if LAST:
+        after = tl.load(last_G + group)
+    follows = anchor + 1 < anchors
+    after = tl.where(follows, 0.0, after)
+    for j in tl.static_range(K_PARTS):
+        put += tl.load(k_dots_JGT + j * G.to(tl.int64) * T + at, mask=live, other=0.0)
+        flows = flow_JGA + (j * G + group) * anchors + anchor
+        before += tl.load(flows)
+        after += tl.load(flows + 1, mask=follows, other=0.0)
+    total = tl.sum(put * (n / 2 - 1 - token), 0) + (before + after) / 2 * n
+    tl.store(grad_GA + group * anchors + anchor, total)

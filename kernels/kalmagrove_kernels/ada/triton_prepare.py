@@ -15,8 +15,21 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS, HEADS = 16, 4  # tokens and heads of a program
-SPAN, COLUMNS, STEP = 512, 128, 32  # of the convolution's gradient: tokens, channels, at a time
+from kalmagrove_kernels.launch import Launcher, cdiv, power_of_2
+
+
+class Tile(NamedTuple):
+    """Tokens and heads of a program, and its warps."""
+
+    rows: int
+    heads: int
+    warps: int = 4
+
+
+# With rotation a program takes several heads, which share the cosines and sines of its tokens.
+TILES = {"plain": Tile(32, 1), "rotated": Tile(16, 8, 8)}
+# Of the convolution's gradient: tokens of a program, of a step of it, channels, warps.
+SPAN, STEP, COLUMNS, WARPS = 256, 16, 64, 4
 
 
 @triton.jit
@@ -34,7 +47,7 @@ def _columns(slot_S, head, r_0, R: tl.constexpr, C, HALF: tl.constexpr, SLOTS: t
 
 @triton.jit
 def _convolved(
-    x_BTC, taps_CP, segment_BT, batch, t, col, there, T, C, P: tl.constexpr, SEGMENTS: tl.constexpr
+    x_BTC, taps_PC, segment_BT, batch, t, col, there, T, C, P: tl.constexpr, SEGMENTS: tl.constexpr
 ):
     """The channels `col` at the tokens t, after the convolution (P = 0: none), in fp32."""
     row = batch.to(tl.int64) * T + t
@@ -42,7 +55,7 @@ def _convolved(
     z = tl.load(x_BTC + row[:, None] * C + col[None, :], mask=live, other=0.0).to(tl.float32)
     if P > 0:
         own = tl.load(segment_BT + row, mask=t < T, other=0) if SEGMENTS else 0
-        z *= tl.load(taps_CP + col * P, mask=there, other=0.0).to(tl.float32)[None, :]
+        z *= tl.load(taps_PC + col, mask=there, other=0.0).to(tl.float32)[None, :]
         for p in tl.static_range(1, P):
             reached = live & (t >= p)[:, None]
             if SEGMENTS:
@@ -50,7 +63,7 @@ def _convolved(
                 reached = reached & same[:, None]
             ptrs = x_BTC + (row - p)[:, None] * C + col[None, :]
             x = tl.load(ptrs, mask=reached, other=0.0).to(tl.float32)
-            z += x * tl.load(taps_CP + col * P + p, mask=there, other=0.0).to(tl.float32)[None, :]
+            z += x * tl.load(taps_PC + p * C + col, mask=there, other=0.0).to(tl.float32)[None, :]
     return z
 
 
@@ -74,7 +87,7 @@ def _inverse_rms(low, high, rank_H, head, eps, R: tl.constexpr, RANKS: tl.conste
 @triton.jit
 def prepare_kernel(
     x_BTC,
-    taps_CP,
+    taps_PC,
     slot_S,
     rank_H,
     angle_THr,
@@ -107,8 +120,8 @@ def prepare_kernel(
     for head in range(head_0, tl.minimum(head_0 + HEADS, H)):
         col_l, there_l = _columns(slot_S, head, 0, R, C, HALF, SLOTS)
         col_h, there_h = _columns(slot_S, head, half, R, C, HALF, SLOTS)
-        low = _convolved(x_BTC, taps_CP, segment_BT, batch, t, col_l, there_l, T, C, P, SEGMENTS)
-        high = _convolved(x_BTC, taps_CP, segment_BT, batch, t, col_h, there_h, T, C, P, SEGMENTS)
+        low = _convolved(x_BTC, taps_PC, segment_BT, batch, t, col_l, there_l, T, C, P, SEGMENTS)
+        high = _convolved(x_BTC, taps_PC, segment_BT, batch, t, col_h, there_h, T, C, P, SEGMENTS)
         if SILU:
             low, high = low * tl.sigmoid(low), high * tl.sigmoid(high)
         if NORM:
@@ -136,7 +149,7 @@ def _silu_gradient(da, z):
 def unprepare_kernel(
     dy_BTHR,
     x_BTC,
-    taps_CP,
+    taps_PC,
     slot_S,
     rank_H,
     angle_THr,
@@ -180,10 +193,10 @@ def unprepare_kernel(
             low, high = low * cos + high * sin, high * cos - low * sin
         if NORM or SILU:
             z_l = _convolved(
-                x_BTC, taps_CP, segment_BT, batch, t, col_l, there_l, T, C, P, SEGMENTS
+                x_BTC, taps_PC, segment_BT, batch, t, col_l, there_l, T, C, P, SEGMENTS
             )
             z_h = _convolved(
-                x_BTC, taps_CP, segment_BT, batch, t, col_h, there_h, T, C, P, SEGMENTS
+                x_BTC, taps_PC, segment_BT, batch, t, col_h, there_h, T, C, P, SEGMENTS
             )
             if NORM:
                 a_l, a_h = z_l, z_h
@@ -205,14 +218,14 @@ def unprepare_kernel(
 def unconvolve_kernel(
     dz_BTC,
     x_BTC,
-    taps_CP,
+    taps_PC,
     segment_BT,
     dx_BTC,
     part_NPC,
     T,
     C,
     P: tl.constexpr,
-    SLOTS: tl.constexpr,
+    FIRST: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SPAN: tl.constexpr,
     STEP: tl.constexpr,
@@ -220,13 +233,15 @@ def unconvolve_kernel(
 ):
     """dx_s = sum_p taps[p] dz_(s + p), and what a span of tokens adds to dtaps.
 
-    Grid: C, spans, B.
+    dtaps of four taps from FIRST on, dx only with the first of them: their sums stay in registers,
+    element by element, up to the end of the span. Grid: C, spans, B.
     """
     span, batch = tl.program_id(1), tl.program_id(2)
     col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = col < C
-    tap = tl.arange(0, SLOTS)
-    dtaps = tl.zeros([SLOTS, COLUMNS], tl.float32)
+    sum_0 = tl.zeros([STEP, COLUMNS], tl.float32)
+    sum_1, sum_2, sum_3 = sum_0, sum_0, sum_0
+    last: tl.constexpr = P if FIRST == 0 else min(P, FIRST + 4)
     for first in range(span * SPAN, tl.minimum((span + 1) * SPAN, T), STEP):
         t = first + tl.arange(0, STEP)
         row = batch.to(tl.int64) * T + t
@@ -235,18 +250,38 @@ def unconvolve_kernel(
         x = tl.load(x_BTC + ptrs, mask=live, other=0.0).to(tl.float32)
         own = tl.load(segment_BT + row, mask=t < T, other=0) if SEGMENTS else 0
         dx = tl.zeros([STEP, COLUMNS], tl.float32)
-        for p in tl.static_range(0, P):
+        for p in tl.static_range(FIRST, last):
             reaches = (t + p < T)[:, None] & there[None, :]
             if SEGMENTS:
                 same = tl.load(segment_BT + row + p, mask=t + p < T, other=0) == own
                 reaches = reaches & same[:, None]
             dz = tl.load(dz_BTC + ptrs + p * C, mask=reaches, other=0.0).to(tl.float32)
-            dx += dz * tl.load(taps_CP + col * P + p, mask=there, other=0.0).to(tl.float32)[None, :]
-            dtaps += tl.where((tap == p)[:, None], tl.sum(dz * x, 0)[None, :], 0.0)
-        tl.store(dx_BTC + ptrs, dx.to(dx_BTC.dtype.element_ty), mask=live)
-    part = part_NPC + (batch.to(tl.int64) * tl.num_programs(1) + span) * (P * C)
-    mask = (tap < P)[:, None] & there[None, :]
-    tl.store(part + tap[:, None] * C + col[None, :], dtaps, mask=mask)
+            if FIRST == 0:
+                tap = tl.load(taps_PC + p * C + col, mask=there, other=0.0).to(tl.float32)
+                dx += dz * tap[None, :]
+            if p == FIRST:
+                sum_0 += dz * x
+            if p == FIRST + 1:
+                sum_1 += dz * x
+            if p == FIRST + 2:
+                sum_2 += dz * x
+            if p == FIRST + 3:
+                sum_3 += dz * x
+        if FIRST == 0:
+            tl.store(dx_BTC + ptrs, dx.to(dx_BTC.dtype.element_ty), mask=live)
+    part = part_NPC + (batch.to(tl.int64) * tl.num_programs(1) + span) * (P * C) + FIRST * C + col
+    tl.store(part, tl.sum(sum_0, 0), mask=there)
+    if FIRST + 1 < P:
+        tl.store(part + C, tl.sum(sum_1, 0), mask=there)
+    if FIRST + 2 < P:
+        tl.store(part + 2 * C, tl.sum(sum_2, 0), mask=there)
+    if FIRST + 3 < P:
+        tl.store(part + 3 * C, tl.sum(sum_3, 0), mask=there)
+
+
+PREPARE, UNPREPARE, UNCONVOLVE = map(
+    Launcher, (prepare_kernel, unprepare_kernel, unconvolve_kernel)
+)
 
 
 class Options(NamedTuple):
@@ -261,25 +296,29 @@ class Options(NamedTuple):
     slot_S: Tensor | None
     rank_H: Tensor | None
 
-    def launch(self, taps_CP: Tensor | None) -> dict[str, Any]:
+    @property
+    def tile(self) -> Tile:
+        return TILES["plain" if self.angles_THr is None else "rotated"]
+
+    def launch(self, taps_PC: Tensor | None) -> dict[str, Any]:
         return {
             "R": self.width,
-            "HALF": triton.next_power_of_2((self.width + 1) // 2),
-            "P": 0 if taps_CP is None else taps_CP.shape[1],
+            "HALF": power_of_2((self.width + 1) // 2),
+            "P": 0 if taps_PC is None else taps_PC.shape[0],
             "SILU": self.silu,
             "NORM": self.norm_eps is not None,
             "ROTATE": self.angles_THr is not None,
             "SLOTS": self.slot_S is not None,
             "RANKS": self.rank_H is not None,
             "SEGMENTS": self.segments_BT is not None,
-            "ROWS": ROWS,
-            "HEADS": HEADS,
-            "num_warps": 4,
+            "ROWS": self.tile.rows,
+            "HEADS": self.tile.heads,
+            "num_warps": self.tile.warps,
         }
 
     def grid(self, x_BTC: Tensor) -> Any:
         batch, tokens, _ = x_BTC.shape
-        return triton.cdiv(tokens, ROWS), triton.cdiv(self.heads, HEADS), batch
+        return cdiv(tokens, self.tile.rows), cdiv(self.heads, self.tile.heads), batch
 
     def arguments(self, x_BTC: Tensor) -> tuple[Any, ...]:
         angle_heads = 1 if self.angles_THr is None else self.angles_THr.shape[1]
@@ -309,11 +348,12 @@ class _Prepare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTC: Tensor, taps_CP: Tensor | None, options: Options) -> Tensor:
         x = x_BTC.contiguous()
-        taps = None if taps_CP is None else taps_CP.contiguous()
+        taps = None if taps_CP is None else taps_CP.T.contiguous()
         batch, tokens, _ = x.shape
         y = x.new_empty((batch, tokens, options.heads, options.width))
         if y.numel():
-            prepare_kernel[options.grid(x)](
+            PREPARE(
+                options.grid(x),
                 x, taps, options.slot_S, options.rank_H, options.angles_THr, options.segments_BT,
                 y, *options.arguments(x), **options.launch(taps),
             )  # fmt: skip
@@ -332,7 +372,8 @@ class _Prepare(torch.autograd.Function):
         else:
             dz = torch.empty_like(x)
             if dz.numel():
-                unprepare_kernel[options.grid(x)](
+                UNPREPARE(
+                    options.grid(x),
                     dy, x, taps, options.slot_S, options.rank_H, options.angles_THr,
                     options.segments_BT, dz, *options.arguments(x), **options.launch(taps),
                 )  # fmt: skip
@@ -346,15 +387,15 @@ def _unconvolve(
     dz: Tensor, x: Tensor, taps: Tensor, segments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, channels = x.shape
-    reach = taps.shape[1]
-    spans = triton.cdiv(tokens, SPAN)
+    reach = len(taps)
+    spans = cdiv(tokens, SPAN)
     dx = torch.empty_like(x)
     parts = x.new_empty((batch * spans, reach, channels), dtype=torch.float32)
-    if x.numel():
-        grid: Any = (triton.cdiv(channels, COLUMNS), spans, batch)
-        unconvolve_kernel[grid](
+    for first in range(0, reach, 4) if x.numel() else ():
+        UNCONVOLVE(
+            (cdiv(channels, COLUMNS), spans, batch),
             dz, x, taps, segments, dx, parts, tokens, channels,
-            P=reach, SLOTS=triton.next_power_of_2(reach), SEGMENTS=segments is not None,
-            SPAN=SPAN, STEP=STEP, COLUMNS=COLUMNS, num_warps=4,
+            P=reach, FIRST=first, SEGMENTS=segments is not None,
+            SPAN=SPAN, STEP=STEP, COLUMNS=COLUMNS, num_warps=WARPS,
         )  # fmt: skip
     return dx, parts.sum(0).T.to(taps.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kalmagrove_kernels.projection import reference
+from kalmagrove_kernels.projection.beside import linear_beside
 from kalmagrove_kernels.projection.reference import dense_masked, gathered, sorted_by_edge
 
 BACKENDS = ("reference", "triton", "cuda")
@@ -21,6 +22,7 @@ __all__ = [
     "dense_masked",
     "gathered",
     "grouped_linear",
+    "linear_beside",
     "sorted_by_edge",
 ]
 
