@@ -13,7 +13,7 @@ Run = Callable[[Inputs, Shape], Any]
 
 
 def attention(backend: str) -> Run:
-    """With the convolution if there are taps."""
+    """With the convolution if there are taps, by this backend; the attention is Triton's."""
 
     def run(inputs: Inputs, shape: Shape) -> Any:
         q, k, v = (ada.heads(inputs[name], shape) for name in ("q", "k", "v"))
@@ -21,7 +21,8 @@ def attention(backend: str) -> Run:
             k = _prepare(inputs["k"], inputs, shape, backend)
         attend = kernel("ada", "attention")
         decay = inputs["log_decay"]
-        return attend(q, k, v, scale=ada.scale(shape), log_decay_H=decay, backend=backend)[0]
+        own = "triton" if backend == "cuda" else backend
+        return attend(q, k, v, scale=ada.scale(shape), log_decay_H=decay, backend=own)[0]
 
     return run
 
@@ -75,13 +76,18 @@ def _triton(name: str, run: Run, **function: Any) -> Implementation:
     return Implementation(name, run, backend="triton", **function)
 
 
+def _cuda(name: str, run: Run, **function: Any) -> Implementation:
+    return Implementation(name, run, backend="cuda", **function)
+
+
 OURS: dict[str, list[Implementation]] = {
     "ada_decode": [_triton("ours", decode("triton"))],
     "ada_norm_gate": [_triton("ours", norm_gate("triton"))],
-    "ada_prepare": [_triton("ours", prepare("triton"))],
+    "ada_prepare": [_triton("ours", prepare("triton")), _cuda("ours-cuda", prepare("cuda"))],
     "ada": [
         _triton("ours", attention("triton")),
-        _triton("ours-learned", attention("triton"), function=ada.LEARNED),
+        _cuda("ours-cuda", attention("cuda")),
+        _cuda("ours-learned", attention("cuda"), function=ada.LEARNED),
         _triton("ours-plain", attention("triton"), function=ada.PLAIN),
     ],
 }

@@ -1,7 +1,8 @@
 """Which kernels the layers run: `model.backend`, or the best there are.
 
 KAN layers and ADA ask when they are built. cuda: CUDA C++ where it is faster (edge functions with
-top-k, sorting) and Triton for the rest; triton: Triton for all; reference: plain PyTorch.
+top-k, sorting, ADA's convolution) and Triton for the rest; triton: Triton for all; reference: plain
+PyTorch.
 """
 
 import importlib.util
@@ -26,13 +27,28 @@ def resolve_backend(backend: str, device: torch.device, kan: KAN) -> str:
     Raises:
         ConfigError: kernels asked for by name cannot run.
     """
+    missing = {name: _missing(name, device.type, kan) for name in ("cuda", "triton")}
+    return _chosen("KAN", backend, missing)
+
+
+def resolve_attention(backend: str, device: torch.device) -> str:
+    """The kernels of ADA on a device, as `resolve_backend`. cuda: the convolution in CUDA C++.
+
+    Raises:
+        ConfigError: kernels asked for by name cannot run.
+    """
+    missing = {name: _missing(name, device.type, None) for name in ("cuda", "triton")}
+    return _chosen("ADA", backend, missing)
+
+
+def _chosen(what: str, backend: str, missing: dict[str, str | None]) -> str:
+    """missing: why a backend cannot run, or None, best first."""
     if backend == "reference":
         return backend
-    missing = {name: _missing(name, device.type, kan) for name in ("cuda", "triton")}
     if backend == "auto":
         choice = next((name for name, why in missing.items() if why is None), "reference")
         reasons = "".join(f"; {name}: {why}" for name, why in missing.items() if why)
-        _log_once(f"KAN kernels: {choice} (model.backend=auto{reasons})")
+        _log_once(f"{what} kernels: {choice} (model.backend=auto{reasons})")
         return choice
     if backend == "triton" and os.environ.get("TRITON_INTERPRET"):
         return backend  # slow, on any device: for those who work on kernels
@@ -41,33 +57,14 @@ def resolve_backend(backend: str, device: torch.device, kan: KAN) -> str:
     return backend
 
 
-def resolve_attention(backend: str, device: torch.device) -> str:
-    """The kernels of ADA on a device. They are Triton's, also where `model.backend` is cuda.
-
-    Raises:
-        ConfigError: kernels asked for by name cannot run.
-    """
-    if backend == "reference":
-        return backend
-    interpreted = backend != "auto" and bool(os.environ.get("TRITON_INTERPRET"))
-    why = None if interpreted else _without_triton(device.type)
-    if backend == "auto":
-        choice, reason = ("reference", f"; triton: {why}") if why else ("triton", "")
-        _log_once(f"ADA kernels: {choice} (model.backend=auto{reason})")
-        return choice
-    if why:
-        raise ConfigError("model.backend", backend, f"is not available: {why}", "use auto")
-    return "triton"
-
-
 def _without_triton(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     return None if device == "cuda" else f"the device is a {device}, no GPU"
 
 
-def _missing(backend: str, device: str, kan: KAN) -> str | None:
-    """Why kernels cannot run there, or None."""
+def _missing(backend: str, device: str, kan: KAN | None) -> str | None:
+    """Why kernels cannot run there, or None. kan: of KAN layers, which cuda asks more of."""
     why = _without_triton(device)
     if why or backend == "triton":
         return why
@@ -75,6 +72,8 @@ def _missing(backend: str, device: str, kan: KAN) -> str | None:
         jit.find_nvcc()
     except RuntimeError as error:
         return str(error)
+    if kan is None:
+        return None
     edge = kan.edge
     gap = cuda.unsupported(edge.basis, edge.degree, edge.grid, kan.edges, kan.top_k)
     return gap and f"made for no {gap}"

@@ -10,7 +10,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
+#define SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
 
 // Null, or what CUDA says is wrong with the launch.
 template <class... Parameters, class... Arguments>
@@ -38,6 +38,18 @@ __device__ __forceinline__ float clamp_keeping_nan(float x, float low, float hig
 #endif
 
 constexpr unsigned WHOLE_WARP = 0xffffffffu;
+
+// The sum of the lanes before this one; total: of all.
+__device__ __forceinline__ int warp_before(int value, int lane, int &total) {
+    int sum = value;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        int other = __shfl_up_sync(WHOLE_WARP, sum, distance);
+        if (lane >= distance) sum += other;
+    }
+    total = __shfl_sync(WHOLE_WARP, sum, 31);
+    return sum - value;
+}
 
 // DTYPE is a constant of the build: torch's float32, bfloat16 or float16 (jit.DTYPES).
 #ifndef DTYPE

@@ -1,7 +1,8 @@
 // Runs the kernels of this folder on the CPU, for tests on machines without a GPU: one block after
 // another, its threads as fibers that change places at every barrier and warp operation, in a
 // shuffled order, so that a missing barrier shows. Shared memory starts as NaN. A barrier that not
-// all threads reach aborts. Half precision is left out; numbers are those of the CPU.
+// all threads reach aborts. Asynchronous copies arrive later, in any order; products of four warps
+// are done when they are waited for. Half precision is left out; numbers are those of the CPU.
 #pragma once
 
 #include <ucontext.h>
@@ -21,6 +22,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define GRID_CONSTANT const
 #define SHARED_MEMORY(name) unsigned char *name = emulated::shared.data()
 
 struct dim3 {
@@ -50,13 +52,15 @@ struct Thread {
     dim3 index;
     unsigned number = 0, turn = 0;
     bool done = false;
+    std::vector<std::vector<std::function<void()>>> products;  // groups begun; the last is open
 };
 
 constexpr size_t STACK = 64 * 1024;
 static std::vector<unsigned char> shared;
 static std::vector<Thread> threads;
 static std::vector<Warp> warps;
-static Barrier block_barrier;
+static Barrier block_barrier, named_barriers[16];
+static std::vector<std::function<void()>> copies;  // asked for, not yet there
 static int block_sums[2];
 static Thread *current;
 static ucontext_t scheduler;
@@ -107,6 +111,7 @@ inline void run_block() {
     warps.assign(count / 32, Warp{});
     for (Warp &warp : warps) warp.barrier.expected = 32;
     block_barrier = Barrier{count};
+    for (Barrier &barrier : named_barriers) barrier = Barrier{};
     if (threads.size() < count) threads.resize(count);
     for (unsigned i = 0; i < count; i++) {
         Thread &thread = threads[i];
@@ -118,6 +123,7 @@ inline void run_block() {
         thread.index = {i % block_size.x, i / block_size.x % block_size.y,
                         i / block_size.x / block_size.y};
         thread.number = i, thread.turn = 0, thread.done = false;
+        thread.products.assign(1, {});
         makecontext(&thread.context, start, 0);
     }
     static uint32_t random = 1;
@@ -126,6 +132,13 @@ inline void run_block() {
         random = random * 1664525u + 1013904223u;
         unsigned offset = random >> 8, stride = (random >> 20) | 1;
         while (std::gcd(stride, count) != 1) stride += 2;
+        if (!copies.empty()) {
+            std::swap(copies[offset % copies.size()], copies.back());
+            std::function<void()> copy = std::move(copies.back());
+            copies.pop_back();
+            copy();
+            progress = true;
+        }
         for (unsigned i = 0; i < count; i++) {
             current = &threads[(offset + uint64_t(i) * stride) % count];
             if (current->done) continue;
@@ -224,3 +237,146 @@ inline __nv_bfloat16 __float2bfloat16(float x) {
     if (x != x) return {0x7fff};
     return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
+
+// What projection/hopper.cuh says, at its latest: copies arrive when the scheduler likes, products
+// are done when they are waited for.
+
+struct Map {
+    const unsigned char *base;
+    int dimensions;
+    int64_t sizes[5], strides[5];
+    int box[5];
+};
+using Barrier = uint64_t;
+
+inline const char *make_map(Map &map, const void *base, int dimensions, const int64_t *sizes,
+                            const int64_t *strides, const int *box) {
+    map = {static_cast<const unsigned char *>(base), dimensions, {}, {2}, {}};
+    bool good = reinterpret_cast<uintptr_t>(base) % 16 == 0 && box[0] <= 64;
+    for (int i = 0; i < dimensions; i++) {
+        map.sizes[i] = sizes[i], map.box[i] = box[i];
+        good = good && sizes[i] > 0 && box[i] > 0 && box[i] <= 256;
+        if (i) map.strides[i] = strides[i - 1], good = good && strides[i - 1] % 16 == 0;
+    }
+    return good ? nullptr : "the driver refused the tensor map";
+}
+
+namespace emulated {
+
+struct Phase {
+    int32_t bytes;
+    uint8_t pending, count;
+    uint16_t phase;
+};
+static_assert(sizeof(Phase) == sizeof(uint64_t), "in the place of a barrier");
+
+inline void count(void *barrier, int arrivals, int bytes) {
+    Phase &phase = *static_cast<Phase *>(barrier);
+    if (arrivals > phase.pending) std::abort();
+    phase.pending -= arrivals, phase.bytes += bytes;
+    if (phase.pending || phase.bytes) return;
+    phase.phase++, phase.pending = phase.count, progress = true;
+}
+
+inline unsigned offset(const void *pointer) {
+    return unsigned(static_cast<const unsigned char *>(pointer) - shared.data());
+}
+
+inline unsigned swizzled(unsigned at) { return at ^ (at >> 3 & 112); }
+
+// The box that begins at x and at the outermost place.
+inline void later(unsigned to, Map map, int x, int outermost, unsigned barrier) {
+    if (to % 1024) std::abort();
+    copies.push_back([=] {
+        int elements = 1, last = map.dimensions - 1;
+        for (int i = 0; i < map.dimensions; i++) elements *= map.box[i];
+        for (int n = 0; n < elements; n++) {
+            int64_t from = 0;
+            bool inside = true;
+            for (int i = 0, rest = n; i <= last; rest /= map.box[i++]) {
+                int64_t at = rest % map.box[i] + (i == 0 ? x : i == last ? outermost : 0);
+                inside = inside && at >= 0 && at < map.sizes[i];
+                from += at * map.strides[i];
+            }
+            uint16_t value = 0;
+            if (inside) std::memcpy(&value, map.base + from, 2);
+            std::memcpy(&shared.at(swizzled(to + 2 * n)), &value, 2);
+        }
+        emulated::count(&shared.at(barrier), 0, -2 * elements);
+    });
+}
+
+inline float half_at(unsigned at) {
+    uint16_t bits;
+    std::memcpy(&bits, &shared.at(swizzled(at)), 2);
+    return __uint_as_float(uint32_t(bits) << 16);
+}
+
+}  // namespace emulated
+
+inline void barrier_init(Barrier *barrier, int count) {
+    emulated::Phase phase{0, uint8_t(count), uint8_t(count), 0};
+    std::memcpy(barrier, &phase, sizeof(phase));
+}
+inline void barrier_fence() {}
+inline void barrier_expect(Barrier *barrier, int bytes) { emulated::count(barrier, 1, bytes); }
+inline void barrier_arrive(Barrier *barrier) { emulated::count(barrier, 1, 0); }
+inline uint32_t barrier_wait(Barrier *barrier, int parity) {
+    while ((reinterpret_cast<emulated::Phase *>(barrier)->phase & 1) == parity) emulated::yield();
+    return 0;
+}
+inline void named_barrier(int name, int threads) {
+    emulated::Barrier &barrier = emulated::named_barriers[name];
+    barrier.expected = threads;
+    emulated::wait(barrier);
+}
+
+inline void load_box(void *to, const Map &map, int x, int outermost, Barrier *barrier) {
+    using namespace emulated;
+    later(offset(to), map, x, outermost, offset(barrier));
+}
+inline void announce_box(const Map &, int, int) {}
+inline void announce_line(const void *from, int bytes) {
+    if ((reinterpret_cast<uintptr_t>(from) | bytes) % 16) std::abort();
+}
+inline uint4 load_once(const void *from) { return *static_cast<const uint4 *>(from); }
+inline void store_once(void *to, uint2 value) { *static_cast<uint2 *>(to) = value; }
+
+inline uint64_t operand(const void *at) { return emulated::offset(at) / 16; }
+inline void four_warps_product(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
+    using namespace emulated;
+    unsigned g = lane() / 4, q = lane() % 4;
+    std::vector<float> rows[2];  // this thread's two rows of a
+    uint32_t mine[2][2] = {{a[0], a[2]}, {a[1], a[3]}};
+    for (int half = 0; half < 2; half++)
+        for (int eight = 0; eight < 2; eight++) {
+            const uint64_t *slots = exchange(0xffffffffu, mine[half][eight]);
+            for (int i = 0; i < 4; i++) {
+                uint32_t pair = slot<uint32_t>(slots, 4 * g + i);
+                rows[half].push_back(__uint_as_float(pair << 16));
+                rows[half].push_back(__uint_as_float(pair & 0xffff0000u));
+            }
+        }
+    unsigned start = b * 16;
+    current->products.back().push_back([=, &d] {
+        for (int i = 0; i < 32; i++) {
+            int column = i / 4 * 8 + 2 * q + i % 2;
+            float sum = add ? d[i] : 0.f;
+            for (int k = 0; k < 16; k++)
+                sum += rows[i / 2 % 2][k] * half_at(start + k * 128 + 2 * column);
+            d[i] = sum;
+        }
+    });
+    if (!add)
+        for (float &sum : d) sum = NAN;  // until it is waited for
+}
+inline void products_begin() {}
+inline void products_commit() { emulated::current->products.push_back({}); }
+inline void products_wait() {
+    auto &groups = emulated::current->products;
+    while (groups.size() > 1) {
+        for (auto &product : groups.front()) product();
+        groups.erase(groups.begin());
+    }
+}
+template <int N> void settle(float (&)[N]) {}

@@ -10,33 +10,43 @@ import torch
 import triton
 from torch import Tensor
 
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
 
 class Launcher:
-    """A kernel whose compile-time parameters stand behind all others.
+    """A Triton kernel, called with its grid and then its parameters and options.
 
     Triton compiles a kernel anew for other types of tensors, for addresses and integers that are
-    multiples of 16 or not, for integers that are 1, and for other compile-time values: these, and
-    the device, are the key here. Tensors must be on the current device.
+    multiples of 16 or not, for integers that are 1, and for other compile-time values and options:
+    these, and the device, are the key here. Tensors must be on the current device.
     """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        self.interpreted = not isinstance(kernel, triton.runtime.JITFunction)
         self.compiled: dict[Any, Any] = {}
+        if not self.interpreted:
+            self.names = tuple(parameter.name for parameter in kernel.params)
+            self.constant = tuple(parameter.is_constexpr for parameter in kernel.params)
 
-    def __call__(
-        self, grid: tuple[int, int, int], *arguments: Any, num_warps: int = 4, **constants: Any
-    ) -> None:
-        if not isinstance(self.kernel, triton.runtime.JITFunction):  # interpreted
-            self.kernel[grid](*arguments, **constants)
+    def __call__(self, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
+        if self.interpreted:
+            self.kernel[grid](*arguments, **named)
             return
-        kinds = tuple(map(_kind, arguments))
-        key = (torch.cuda.current_device(), num_warps, kinds, tuple(constants.items()))
+        values = (*arguments, *[named[name] for name in self.names[len(arguments) :]])
+        key = (
+            torch.cuda.current_device(),
+            *[named.get(option) for option in OPTIONS],
+            *[
+                value if constant else _kind(value)
+                for value, constant in zip(values, self.constant, strict=True)
+            ],
+        )
         compiled = self.compiled.get(key)
         if compiled is None:
-            self.compiled[key] = self.kernel[grid](*arguments, **constants, num_warps=num_warps)
+            self.compiled[key] = self.kernel[grid](*arguments, **named)
             return
-        names = self.kernel.arg_names[len(arguments) :]
-        compiled[grid](*arguments, *(constants[name] for name in names))
+        compiled[(*grid, 1, 1)[:3]](*values)
 
 
 def _kind(argument: Any) -> Any:

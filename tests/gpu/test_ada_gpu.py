@@ -239,3 +239,38 @@ def test_a_captured_graph_replays() -> None:
     graph.replay()
     for replayed, direct in zip(captured, step(), strict=True):
         assert torch.equal(replayed, direct)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 1000, 2048), (1, 3, 24), (3, 129, 1032)])
+def test_convolution_in_cuda(
+    shape: tuple[int, int, int], dtype: torch.dtype, segmented: bool
+) -> None:
+    torch.manual_seed(0)
+    batch, tokens, channels = shape
+    x, taps = torch.randn(shape, device="cuda").to(dtype), torch.randn(channels, 4, device="cuda")
+    options: dict[str, Any] = {"heads": 1, "width": channels}
+    if segmented:
+        options["segments_BT"] = torch.randint(0, 9, (batch, tokens), device="cuda").sort(1).values
+    ours, again = (prepared(x, taps, "cuda", **options) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    theirs = prepared(x, taps, "reference", **options)
+    truth = prepared(x.double(), taps.double(), "reference", **options)
+    for mine, reference, exact in zip(ours, theirs, truth, strict=True):
+        assert relative(mine, exact) < 2 * relative(reference, exact) + FLOOR[dtype]
+
+
+def test_launches_tell_their_arguments_apart() -> None:
+    """Sizes of 1, multiples of 16 or not, and addresses that are not aligned, one after another."""
+    taps = torch.randn(64, 4, device="cuda")
+    for tokens in (16, 1, 17, 16, 33, 1):
+        for offset in (0, 1):
+            memory = torch.randn(tokens * 64 + offset, device="cuda").bfloat16()
+            x = memory[offset:].view(1, tokens, 64)
+            ours = prepared(x, taps, "triton", heads=2, width=32, norm_eps=1e-5)
+            truth = prepared(
+                x.double(), taps.double(), "reference", heads=2, width=32, norm_eps=1e-5
+            )
+            for mine, exact in zip(ours, truth, strict=True):
+                assert relative(mine, exact) < 1e-2, (tokens, offset)

@@ -5,12 +5,18 @@ import pytest
 import torch
 
 from kalmagrove_kernels.edge import edge_topk
+from kalmagrove_kernels.projection.accumulate import Block
 from tests.kernels.cuda_cases import (
     PERMUTE_CASES,
+    SUMS_CASES,
     EdgeCase,
+    SumsCase,
     check_edge,
     check_permute,
+    check_sums,
     edge_inputs,
+    run_sums,
+    sums_inputs,
 )
 
 pytestmark = [
@@ -51,6 +57,50 @@ def test_edge(case: EdgeCase) -> None:
 def test_permute(case: tuple[int, int, int, torch.dtype, str]) -> None:
     torch.manual_seed(0)
     check_permute(*case, device="cuda")
+
+
+SUMS_PRODUCTION = [
+    SumsCase(16384, 2048, 104, 64, 8, block)
+    for block in (Block(), Block(3), Block(7), Block(10, tokens=512))
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", SUMS_CASES)
+def test_sums(case: SumsCase, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    check_sums(case, "cuda", dtype)
+
+
+@pytest.mark.parametrize("case", SUMS_PRODUCTION)
+def test_sums_of_production_size(case: SumsCase) -> None:
+    torch.manual_seed(0)
+    check_sums(case, "cuda")
+
+
+@pytest.mark.parametrize("draw", ["one", "few"])
+def test_sums_of_uneven_channels(draw: str) -> None:
+    torch.manual_seed(0)
+    check_sums(SumsCase(5000, 2048, 104, 64, 8, Block(), draw), "cuda")
+
+
+def test_sums_of_many_channels() -> None:
+    torch.manual_seed(0)
+    check_sums(SumsCase(3000, 256, 1664, 64, 8, Block()), "cuda")
+
+
+def test_sums_in_a_graph() -> None:
+    case = SumsCase(2000, 2048, 104, 64, 8, Block())
+    index_NK, a_SR, w_CRD = sums_inputs(case, "cuda", torch.bfloat16)
+    run_sums(case, index_NK, a_SR, w_CRD)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, captured_ND = run_sums(case, index_NK, a_SR, w_CRD)
+    a_SR.normal_()
+    index_NK.copy_(index_NK.flip(0))
+    graph.replay()
+    assert torch.equal(captured_ND, run_sums(case, index_NK, a_SR, w_CRD)[1])
 
 
 def test_edge_runs_on_the_current_stream_and_in_a_graph() -> None:

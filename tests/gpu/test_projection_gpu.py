@@ -1,10 +1,11 @@
-"""The Triton projection on a GPU: against fp64, beside the reference in the same number format.
+"""The projection on a GPU: against fp64, beside the reference in the same number format.
 
 Letters: N tokens, D model width, C channels, R rank, K kept.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from kalmagrove_kernels import permute, projection
 
+accumulate = pytest.importorskip("kalmagrove_kernels.projection.accumulate")
+Block = accumulate.Block
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -67,11 +70,19 @@ def errors(ours: list[Tensor], exact: list[Tensor]) -> list[float]:
     ]
 
 
-def check(tensors: list[Tensor], dtype: torch.dtype, floor: float, **arguments: Any) -> None:
+def check(
+    tensors: list[Tensor],
+    dtype: torch.dtype,
+    floor: float,
+    form: Form | None = None,
+    **arguments: Any,
+) -> None:
     """No further from fp64 than twice the reference is, or than `floor`; two runs are one."""
     tensors = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
 
     def ours(*args: Tensor) -> Tensor:
+        if form:
+            return form(*args, **arguments)
         return projection.basis_projection(*args, backend="triton", **arguments)
 
     def plain(*args: Tensor) -> Tensor:
@@ -141,25 +152,94 @@ def test_the_host_never_waits() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_memory_is_what_workspace_bytes_says() -> None:
-    stages = pytest.importorskip("kalmagrove_kernels.projection.triton")
-    x, gate, index, v, u = case(N, D, C, 128, K)
+def used(backend: str, rank: int) -> dict[str, int]:
+    """Bytes of the GPU's memory beyond arguments: see `triton.Bytes`."""
+    x, gate, index, v, u = case(N, D, C, rank, K)
     x, v, u = (t.bfloat16().requires_grad_() for t in (x, v, u))
     gate.requires_grad_()
     dy = torch.randn_like(x)
-    stated = stages.workspace_bytes(N, K, C, 128, D, torch.bfloat16)
     peak, now = torch.cuda.max_memory_allocated, torch.cuda.memory_allocated
     before = now()
     torch.cuda.reset_peak_memory_stats()
-    y = projection.basis_projection(x, gate, index, v, u, inner_silu=True, backend="triton")
+    y = projection.basis_projection(x, gate, index, v, u, inner_silu=True, backend=backend)
     forward, saved = peak() - before, now() - before - y.nbytes
     before = now()
     torch.cuda.reset_peak_memory_stats()
     results = torch.autograd.grad(y, (x, gate, v, u), dy)
     backward = peak() - before
     assert len(results) == 4
-    for name, seen in {"forward": forward, "saved": saved, "backward": backward}.items():
+    return {"forward": forward, "saved": saved, "backward": backward}
+
+
+def test_memory_is_what_workspace_bytes_says() -> None:
+    stages = pytest.importorskip("kalmagrove_kernels.projection.triton")
+    stated = stages.workspace_bytes(N, K, C, 128, D, torch.bfloat16)
+    for name, seen in used("triton", 128).items():
         assert seen == pytest.approx(getattr(stated, name), rel=0.02, abs=4 << 20), name
+
+
+@pytest.mark.parametrize("block", [None, Block()])
+def test_memory_of_sums_in_shared_memory(
+    block: Block | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(accumulate.BLOCKS, "r64", block)
+    cuda = pytest.importorskip("kalmagrove_kernels.projection.cuda")
+    stated = cuda.workspace_bytes(N, K, C, 64, D, torch.bfloat16, torch.device("cuda"))
+    for name, seen in used("cuda", 64).items():
+        assert seen == pytest.approx(getattr(stated, name), rel=0.02, abs=4 << 20), name
+
+
+def sums(block: Block) -> Form:
+    """The CUDA backend that adds up in shared memory, in this way."""
+    cuda = pytest.importorskip("kalmagrove_kernels.projection.cuda")
+    return partial(cuda.basis_projection, block=block)
+
+
+@pytest.mark.parametrize("block", [Block(), Block(10, tokens=512)])
+def test_sums_in_shared_memory(block: Block) -> None:
+    check(case(N, D, C, 64, K), torch.bfloat16, 0.0, sums(block), inner_silu=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 1000])
+@pytest.mark.parametrize("width", [64, 72, 200])
+def test_sums_of_odd_shapes(tokens: int, width: int) -> None:
+    tensors = case(tokens, width, C, 64, K)
+    check(tensors, torch.bfloat16, 1e-6, sums(Block()), inner_silu=False)
+
+
+def test_sums_of_all_tokens_on_the_same_channels() -> None:
+    x, gate, _, v, u = case(4000, D, C, 64, K)
+    index = torch.arange(90, 90 + K, device="cuda").expand(len(x), K).contiguous()
+    form = sums(Block())
+    check([x, gate, index, v, u], torch.float16, 0.0, form, inner_silu=True)
+
+
+def test_sums_of_no_tokens_and_what_cannot_be() -> None:
+    tensors = case(0, 64, C, 64, K)
+    results = run(partial(sums(Block()), inner_silu=True), tensors, torch.bfloat16)
+    assert results[0].shape == (0, 64)
+    assert not any(t.any() for t in results)
+    with pytest.raises(NotImplementedError, match="rank=20 must be 64"):
+        run(partial(sums(Block()), inner_silu=True), case(9, 64, C, 20, K), torch.bfloat16)
+
+
+def test_the_cuda_backend_falls_back_where_rows_are_not_of_16_bytes() -> None:
+    form = partial(projection.basis_projection, backend="cuda")
+    check(case(300, 60, C, 20, K), torch.bfloat16, 1e-6, form, inner_silu=True)
+
+
+def test_the_host_does_not_wait_for_sums() -> None:
+    x, gate, index, v, u = (
+        t.bfloat16().requires_grad_() if t.is_floating_point() else t
+        for t in case(63, 64, C, 64, K)
+    )
+    form = sums(Block())
+    form(x, gate, index, v, u, inner_silu=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        form(x, gate, index, v, u, inner_silu=True).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,6 +1,7 @@
 """What the CUDA kernels are tested on, on the CPU (emulated) and on a GPU alike.
 
-Letters: N tokens, M edges, P basis functions, K kept, G groves, C channels.
+Letters: N tokens, M edges, P basis functions, K kept, G groves, C channels, D width, R rank, S
+pairs.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from kalmagrove_kernels.edge import Kept, edge_topk
 from kalmagrove_kernels.edge.reference import largest
 from kalmagrove_kernels.permute import cuda as permute_cuda
 from kalmagrove_kernels.permute import sort_pairs
+from kalmagrove_kernels.projection.accumulate import Block, Plan, accumulate, plan
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -30,7 +32,9 @@ def poisoned() -> Iterator[None]:
     def fill(function: Any) -> Any:
         def filled(*args: Any, **kwargs: Any) -> Tensor:
             result: Tensor = function(*args, **kwargs)
-            return result.fill_(float("nan") if result.is_floating_point() else -(2**30))
+            if result.is_floating_point():
+                return result.fill_(float("nan"))
+            return result.fill_(torch.iinfo(result.dtype).min // 2)
 
         return filled
 
@@ -190,3 +194,81 @@ def check_permute(
     for mine, theirs in zip(ours, sort_pairs(index_NK, channels), strict=True):
         assert mine.dtype == torch.int32
         assert torch.equal(mine, theirs)
+
+
+class SumsCase(NamedTuple):
+    tokens: int
+    width: int
+    channels: int
+    rank: int
+    kept: int
+    block: Block
+    draw: str = "even"  # or "one": all tokens have the same; "few": of every third channel
+
+
+SUMS_CASES = [
+    SumsCase(100, 72, 5, 64, 2, Block(tokens=40)),
+    SumsCase(70, 64, 13, 64, 4, Block(3, tokens=70)),
+    SumsCase(150, 136, 3, 64, 1, Block(tokens=130), "one"),
+    SumsCase(90, 200, 9, 64, 2, Block(5, tokens=30), "few"),
+    SumsCase(29, 64, 80, 64, 3, Block(7, tokens=8), "few"),
+    SumsCase(100, 8, 5, 64, 2, Block(4, tokens=45), "one"),
+    SumsCase(1, 8, 1, 64, 1, Block()),
+    SumsCase(0, 64, 5, 64, 2, Block()),
+]
+
+
+def sums_inputs(case: SumsCase, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """index [N, K] without repetition in a row, a [S, R] in sorted order, w [C, R, D]."""
+    scores_NC = torch.rand(case.tokens, case.channels, device=device)
+    if case.draw == "one":
+        scores_NC = torch.arange(case.channels, device=device).expand_as(scores_NC).float()
+    if case.draw == "few":
+        scores_NC[:, ::3] += 1
+    index_NK = scores_NC.topk(case.kept).indices
+    a_SR = torch.randn(case.tokens * case.kept, case.rank, device=device)
+    w_CRD = torch.randn(case.channels, case.rank, case.width, device=device) / case.rank**0.5
+    return index_NK, a_SR.to(dtype), w_CRD.to(dtype)
+
+
+def run_sums(case: SumsCase, index_NK: Tensor, a_SR: Tensor, w_CRD: Tensor) -> tuple[Plan, Tensor]:
+    order_S, _, start_C1 = permute_cuda.sort_pairs(index_NK, case.channels)
+    sizes = case.tokens, case.kept, case.width
+    lists = plan(order_S, start_C1, *sizes, case.block, a_SR.dtype)
+    return lists, accumulate(a_SR, w_CRD, lists)
+
+
+def check_sums(case: SumsCase, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    """The sum of a token's pairs as in fp64, rounded once, and the same bits in a second run; the
+    lists hold every pair once, channels in order."""
+    index_NK, a_SR, w_CRD = sums_inputs(case, device, dtype)
+    with poisoned():
+        lists, y_ND = run_sums(case, index_NK, a_SR, w_CRD)
+        _, again_ND = run_sums(case, index_NK, a_SR, w_CRD)
+    assert torch.equal(y_ND, again_ND)
+    order_S, _, start_C1 = (t.long() for t in sort_pairs(index_NK, case.channels))
+    token_S = order_S // case.kept
+    channel_S = torch.arange(case.channels, device=device).repeat_interleave(start_C1.diff())
+    want_ND = torch.zeros(case.tokens, case.width, dtype=torch.float64, device=device)
+    for c in range(case.channels):
+        rows = slice(int(start_C1[c]), int(start_C1[c + 1]))
+        want_ND.index_add_(0, token_S[rows], a_SR[rows].double() @ w_CRD[c].double())
+    assert y_ND.isfinite().all()
+    # Both are rounded, so that what is left is the order of fp32 sums: now and then a last bit.
+    assert relative(y_ND, want_ND.to(dtype)) < 4e-4 or not case.tokens
+    places = []
+    for b, items in enumerate(lists.items_B.tolist()):
+        channel_I, first_I, count_I, _ = lists.item_BI4[b, :items].unbind(1)
+        assert (channel_I.diff() >= 0).all()
+        for i, (channel, first, count) in enumerate(
+            zip(channel_I.tolist(), first_I.tolist(), count_I.tolist(), strict=True)
+        ):
+            place = torch.arange(first, first + count, device=device)
+            assert (channel_S[place] == channel).all()
+            tokens = lists.token_BIP[b, i].long()
+            assert torch.equal(tokens[:count] + b * lists.block_tokens, token_S[place])
+            assert (tokens[count:] == -1).all()
+            places.append(place)
+    if places:
+        found = torch.cat(places).sort().values
+        assert torch.equal(found, torch.arange(len(order_S), device=device))

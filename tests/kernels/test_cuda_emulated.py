@@ -17,9 +17,13 @@ from kalmagrove_kernels import jit
 from kalmagrove_kernels.permute import cuda as permute_cuda
 from tests.kernels.cuda_cases import (
     PERMUTE_CASES,
+    SUMS_CASES,
     EdgeCase,
+    SumsCase,
+    check_convolution,
     check_edge,
     check_permute,
+    check_sums,
     edge_inputs,
     run_edge,
 )
@@ -53,6 +57,24 @@ def on_the_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "taps", "dtype"),
+    [
+        ((2, 75, 16), 4, torch.float32),
+        ((1, 70, 40), 4, torch.bfloat16),
+        ((1, 2, 8), 4, torch.float32),
+        ((1, 33, 4), 1, torch.float32),
+        ((3, 64, 12), 8, torch.float32),
+        ((1, 0, 8), 4, torch.float32),
+    ],
+)
+def test_convolution(
+    shape: tuple[int, int, int], taps: int, dtype: torch.dtype, segmented: bool
+) -> None:
+    check_convolution(shape, taps, dtype, segmented, "cpu")
+
+
 EDGE_CASES = [
     EdgeCase(63, 104, 8, torch.bfloat16),
     EdgeCase(40, 104, 8, torch.bfloat16, groves=4),
@@ -76,6 +98,12 @@ def test_edge(case: EdgeCase) -> None:
 def test_permute(case: tuple[int, int, int, torch.dtype, str]) -> None:
     torch.manual_seed(0)
     check_permute(*case, device="cpu")
+
+
+@pytest.mark.parametrize("case", SUMS_CASES)
+def test_sums(case: SumsCase) -> None:
+    torch.manual_seed(0)
+    check_sums(case, "cpu")
 
 
 REFUSED = {

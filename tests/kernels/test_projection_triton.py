@@ -12,8 +12,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from kalmagrove_kernels import permute, projection
+from kalmagrove_kernels.permute.reference import Sorted
 from kalmagrove_kernels.projection import stages, tiles
+from kalmagrove_kernels.projection import triton as triton_projection
 from kalmagrove_kernels.projection.tiles import Tile
+from kalmagrove_kernels.projection.triton import Summation
 
 pytestmark = pytest.mark.unit
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,6 +84,33 @@ def test_projection_is_the_formula(
     assert_same(first, run(formula, tensors, torch.float64))
     again = run(ours, tensors, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("inner_silu", [False, True])
+def test_another_way_to_sum_takes_the_place_of_rows(inner_silu: bool) -> None:
+    tensors = case(23, 32, 5, 24, 2)
+    calls = []
+
+    def summation(pairs: Sorted) -> Summation:
+        token_S = pairs.order_S.long() // 2
+        channel_S = torch.arange(5, device=DEVICE).repeat_interleave(pairs.start_C1.diff())
+
+        def sums(a_SR: Tensor, w_CRD: Tensor) -> Tensor:
+            calls.append(a_SR.shape)
+            row_SD = torch.einsum("sr,srd->sd", a_SR, w_CRD[channel_S])
+            return row_SD.new_zeros(23, 32).index_add(0, token_S, row_SD)
+
+        return sums
+
+    def ours(*args: Tensor) -> Tensor:
+        return triton_projection.basis_projection(*args, inner_silu=inner_silu, summation=summation)
+
+    def formula(*args: Tensor) -> Tensor:
+        return projection.gathered(*args, inner_silu=inner_silu)
+
+    found = run(ours, tensors, torch.float32)
+    assert calls == [(46, 24), (46, 24)]
+    assert_same(found, run(formula, tensors, torch.float64))
 
 
 def test_all_tokens_on_one_channel_and_channels_without() -> None:

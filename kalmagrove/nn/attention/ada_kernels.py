@@ -25,6 +25,8 @@ from kalmagrove_kernels.ada import (
 if TYPE_CHECKING:
     from kalmagrove.nn.attention.ada import ADA, ADACache
 
+KERNELS = "triton"  # of all but `prepare`, which has a form in CUDA C++ too
+
 
 def forward(
     layer: "ADA", x_BTD: Tensor, segments_BT: Tensor | None, cache: "ADACache | None"
@@ -44,7 +46,7 @@ def forward(
     eps = layer.norm_eps
     if (norm := layer.output_norm) is not None:
         weight = norm.weight if norm.through is None else norm.through(norm.weight)
-    return norm_gate(out_BTHV, gate, weight, eps=eps, backend=layer.backend).flatten(2)
+    return norm_gate(out_BTHV, gate, weight, eps=eps, backend=KERNELS).flatten(2)
 
 
 def _whole(
@@ -66,7 +68,7 @@ def _whole(
     out_BTHV, _ = attention(
         q_BTHR, k_BTHR, v_BTHV,
         scale=layer.scale, log_decay_H=log_decay, segments_BT=segments_BT,
-        state_BHRV=state, state_segment_B=last_B, backend=layer.backend,
+        state_BHRV=state, state_segment_B=last_B, backend=KERNELS,
     )  # fmt: skip
     return out_BTHV
 
@@ -81,7 +83,7 @@ def _entering(
     """The state that the tokens of the ranks before leave, and its document."""
     group = layer.cp.group
     end = final_state(
-        k_BTHR, v_BTHV, log_decay_H=log_decay_H, segments_BT=segments_BT, backend=layer.backend
+        k_BTHR, v_BTHV, log_decay_H=log_decay_H, segments_BT=segments_BT, backend=KERNELS
     )
     ends_BHNRV = gather(end.unsqueeze(2), group, 2)
     last_BN = None
@@ -111,7 +113,7 @@ def _continued(
     out_BTHV, state = attention(
         q_BTHR, k_BTHR, v_BTHV,
         scale=layer.scale, log_decay_H=layer.log_decay(q_BTC.device),
-        state_BHRV=cache.state, return_state=True, backend=layer.backend,
+        state_BHRV=cache.state, return_state=True, backend=KERNELS,
     )  # fmt: skip
     assert state is not None
     cache.state = state
@@ -131,7 +133,7 @@ def _one_token(
         norm_eps=layer.norm_eps if config.qk_norm else None,
         rope_theta=config.rope_theta if config.rope else None,
         position=torch.full((1,), cache.tokens, device=q_BTC.device),
-        slot_S=layer.slot_S, rank_H=layer.rank_H, backend=layer.backend,
+        slot_S=layer.slot_S, rank_H=layer.rank_H, backend=KERNELS,
     )  # fmt: skip
     return out_BHV.unsqueeze(1)
 

@@ -29,18 +29,6 @@ __global__ void count_channels(const void *index, int64_t width, int *count_BC, 
         count_BC[int64_t(blockIdx.x) * channels + c] = count_C[c];
 }
 
-// The sum of the lanes before this one; total: of all.
-__device__ __forceinline__ int warp_before(int value, int lane, int &total) {
-    int sum = value;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        int other = __shfl_up_sync(WHOLE_WARP, sum, distance);
-        if (lane >= distance) sum += other;
-    }
-    total = __shfl_sync(WHOLE_WARP, sum, 31);
-    return sum - value;
-}
-
 // In place: counts become the number of the channel's pairs in earlier blocks. 32 channels a block,
 // a column of the table each; thread row y takes a run of blocks. total_C: pairs of a channel.
 __global__ void scan_blocks(int *count_BC, int *total_C, int blocks, int channels) {

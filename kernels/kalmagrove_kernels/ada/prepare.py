@@ -7,6 +7,8 @@ Letters: B batch, T tokens, C packed channels, H heads, R width of the widest he
 """
 
 import importlib.util
+import logging
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,7 +16,9 @@ from torch.nn import functional as F
 
 from kalmagrove_kernels.ada.reference import upcast
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton", "cuda")
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -49,9 +53,11 @@ def prepare(
             of R channels each.
         rank_H: channels of each head, which the norm averages over; None: R.
         backend: one of `BACKENDS`. All steps are computed in fp32 (the reference: fp64 stays).
+            "cuda": the convolution's kernels are CUDA C++, the others Triton's; where those cannot
+            take x this is logged once, and Triton's convolve too.
     Raises:
         KeyError: there is no such backend.
-        RuntimeError: the backend is "triton" and Triton is not installed.
+        RuntimeError: Triton is not installed, or for "cuda" nvcc is missing.
         ValueError: a tail without taps.
     """
     if backend not in BACKENDS:
@@ -69,8 +75,18 @@ def prepare(
             x_BTC, heads, width, taps_CP, segments_BT, silu, norm_eps, angles_THr, slot_S, rank_H
         )
     else:
-        y_BTHR = _triton(
-            x_BTC, heads, width, taps_CP, segments_BT, silu, norm_eps, angles_THr, slot_S, rank_H
+        y_BTHR = _kernels(
+            backend,
+            x_BTC,
+            heads,
+            width,
+            taps_CP,
+            segments_BT,
+            silu,
+            norm_eps,
+            angles_THr,
+            slot_S,
+            rank_H,
         )
     return y_BTHR[:, before:] if before else y_BTHR
 
@@ -118,7 +134,8 @@ def _convolve(x_BTC: Tensor, taps_CP: Tensor, segments_BT: Tensor | None) -> Ten
 
 
 @torch.compiler.disable  # launches that torch.compile cannot trace
-def _triton(
+def _kernels(
+    backend: str,
     x_BTC: Tensor,
     heads: int,
     width: int,
@@ -131,7 +148,7 @@ def _triton(
     rank_H: Tensor | None,
 ) -> Tensor:
     if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("backend='triton' needs the package triton: install kalmagrove[gpu]")
+        raise RuntimeError(f"backend={backend!r} needs the package triton: install kalmagrove[gpu]")
     from kalmagrove_kernels.ada import triton_prepare
 
     options = triton_prepare.Options(
@@ -143,5 +160,20 @@ def _triton(
         segments_BT=None if segments_BT is None else segments_BT.to(torch.int32).contiguous(),
         slot_S=slot_S,
         rank_H=rank_H,
+        cuda=backend == "cuda" and taps_CP is not None and _in_cuda(x_BTC, taps_CP.shape[1]),
     )
     return triton_prepare.prepare(x_BTC, taps_CP, options)
+
+
+def _in_cuda(x_BTC: Tensor, taps: int) -> bool:
+    from kalmagrove_kernels.ada import cuda_convolve
+
+    why = cuda_convolve.refusal(x_BTC, taps)
+    if why:
+        _log_once(f"ADA's convolution: triton (the cuda kernels are made for no {why})")
+    return why is None
+
+
+@cache
+def _log_once(text: str) -> None:
+    logger.info(text)

@@ -36,7 +36,7 @@ FEW = 120  # programs without which most multiprocessors idle; whole rows are be
 PROGRAMS = 256  # else as many, as a second wave hides what the first one waits for
 LONGEST = 4096  # tokens of a span; a longer one would not be read any faster
 SHORTEST = 256
-ANCHOR = 256  # tokens between the points where the gradient of the decay is known exactly
+ANCHOR = 128  # tokens between the points where the gradient of the decay is known exactly
 
 
 def tile_of(kind: str, widths: tuple[int, int], dtype: torch.dtype) -> Tile:

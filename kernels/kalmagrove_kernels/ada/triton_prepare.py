@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kalmagrove_kernels.ada import cuda_convolve
 from kalmagrove_kernels.launch import Launcher, cdiv, power_of_2
 
 
@@ -28,8 +29,9 @@ class Tile(NamedTuple):
 
 # With rotation a program takes several heads, which share the cosines and sines of its tokens.
 TILES = {"plain": Tile(32, 1), "rotated": Tile(16, 8, 8)}
-# Of the convolution's gradient: tokens of a program, of a step of it, channels, warps.
-SPAN, STEP, COLUMNS, WARPS = 256, 16, 64, 4
+# Of the convolution's gradient: tokens of a program, of a step of it, channels, warps, and steps
+# that are loaded ahead.
+SPAN, STEP, COLUMNS, WARPS, STAGES = 256, 16, 64, 4, 3
 
 
 @triton.jit
@@ -230,6 +232,7 @@ def unconvolve_kernel(
     SPAN: tl.constexpr,
     STEP: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dx_s = sum_p taps[p] dz_(s + p), and what a span of tokens adds to dtaps.
 
@@ -242,7 +245,7 @@ def unconvolve_kernel(
     sum_0 = tl.zeros([STEP, COLUMNS], tl.float32)
     sum_1, sum_2, sum_3 = sum_0, sum_0, sum_0
     last: tl.constexpr = P if FIRST == 0 else min(P, FIRST + 4)
-    for first in range(span * SPAN, tl.minimum((span + 1) * SPAN, T), STEP):
+    for first in tl.range(span * SPAN, tl.minimum((span + 1) * SPAN, T), STEP, num_stages=STAGES):
         t = first + tl.arange(0, STEP)
         row = batch.to(tl.int64) * T + t
         ptrs = row[:, None] * C + col[None, :]
@@ -295,6 +298,7 @@ class Options(NamedTuple):
     segments_BT: Tensor | None
     slot_S: Tensor | None
     rank_H: Tensor | None
+    cuda: bool = False  # the convolution by itself, and its gradients, in CUDA C++
 
     @property
     def tile(self) -> Tile:
@@ -351,7 +355,9 @@ class _Prepare(torch.autograd.Function):
         taps = None if taps_CP is None else taps_CP.T.contiguous()
         batch, tokens, _ = x.shape
         y = x.new_empty((batch, tokens, options.heads, options.width))
-        if y.numel():
+        if options.linear and options.cuda and taps is not None:
+            y = cuda_convolve.convolve(x, taps, options.segments_BT).view_as(y)
+        elif y.numel():
             PREPARE(
                 options.grid(x),
                 x, taps, options.slot_S, options.rank_H, options.angles_THr, options.segments_BT,
@@ -379,8 +385,9 @@ class _Prepare(torch.autograd.Function):
                 )  # fmt: skip
         if taps is None:
             return dz, None, None
-        dx, dtaps = _unconvolve(dz, x, taps, options.segments_BT)
-        return dx, dtaps, None
+        unconvolve = cuda_convolve.unconvolve if options.cuda else _unconvolve
+        dx, dtaps_PC = unconvolve(dz, x, taps, options.segments_BT)
+        return dx, dtaps_PC.T.to(taps.dtype), None
 
 
 def _unconvolve(
@@ -396,6 +403,6 @@ def _unconvolve(
             (cdiv(channels, COLUMNS), spans, batch),
             dz, x, taps, segments, dx, parts, tokens, channels,
             P=reach, FIRST=first, SEGMENTS=segments is not None,
-            SPAN=SPAN, STEP=STEP, COLUMNS=COLUMNS, num_warps=WARPS,
+            SPAN=SPAN, STEP=STEP, COLUMNS=COLUMNS, STAGES=STAGES, num_warps=WARPS,
         )  # fmt: skip
-    return dx, parts.sum(0).T.to(taps.dtype)
+    return dx, parts.sum(0)

@@ -103,12 +103,16 @@ def rank_kernel(
     order_S,
     start_C1,
     z_SR,
+    gate_S,
+    a_SR,
     channels,
     usual,
     K: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     GATHER: tl.constexpr,
+    GATED: tl.constexpr,
+    INNER_SILU: tl.constexpr,
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -117,19 +121,24 @@ def rank_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """z = x w_c^T. Axis 1: blocks of ranks."""
+    """z = x w_c^T, and gate act(z) as well where there are gates. Axis 1: blocks of ranks."""
     channel, first, end = _tile(start_C1, channels, usual, GROUP, ROWS, SLOTS)
     if first >= end:
         return
     row = first + tl.arange(0, ROWS)
     rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
     # Rows and ranks past the end repeat the last one instead of asking for a mask at every step.
-    token = _pairs(order_S, tl.minimum(row, end - 1), GATHER) // K
+    pair = _pairs(order_S, tl.minimum(row, end - 1), GATHER)
     w_RD = w_CRD + channel.to(tl.int64) * (R * D)
-    z = _inner(x_ND, w_RD, token, tl.minimum(rank, R - 1), D, DEPTH, STAGES, PRECISION)
-    z_ptrs = z_SR + row.to(tl.int64)[:, None] * R + rank[None, :]
+    z = _inner(x_ND, w_RD, pair // K, tl.minimum(rank, R - 1), D, DEPTH, STAGES, PRECISION)
+    z = z.to(z_SR.dtype.element_ty)
+    at = row.to(tl.int64)[:, None] * R + rank[None, :]
     live = (row < end)[:, None] & (rank < R)[None, :]
-    tl.store(z_ptrs, z.to(z_SR.dtype.element_ty), mask=live)
+    tl.store(z_SR + at, z, mask=live)
+    if GATED:
+        gate = tl.load(gate_S + pair).to(tl.float32)[:, None]
+        a = gate * _act(z.to(tl.float32), INNER_SILU)
+        tl.store(a_SR + at, a.to(a_SR.dtype.element_ty), mask=live)
 
 
 @triton.jit

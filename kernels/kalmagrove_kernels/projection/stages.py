@@ -9,11 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from kalmagrove_kernels.launch import Launcher, cdiv, power_of_2
 from kalmagrove_kernels.projection import gradients, kernels
 from kalmagrove_kernels.projection.tiles import Tile, kind_of, tile_of
+
+RANK_KERNEL, EXPAND_KERNEL, FUSED_KERNEL, COMBINE_KERNEL = map(
+    Launcher,
+    (kernels.rank_kernel, kernels.expand_kernel, kernels.fused_kernel, kernels.combine_kernel),
+)
+RANK_BACKWARD_KERNEL, WEIGHTS_KERNEL = map(
+    Launcher, (gradients.rank_backward_kernel, gradients.weights_kernel)
+)
 
 
 def rank(
@@ -26,23 +34,59 @@ def rank(
     tile: Tile | None = None,
 ) -> Tensor:
     """z [S, R] in sorted order: w_c x of every row's token; without `order` rows are tokens."""
+    z_SR = x_ND.new_empty(len(x_ND) if order_S is None else len(order_S), w_CRD.shape[1])
+    _rank(x_ND, w_CRD, order_S, start_C1, z_SR, kept, tile)
+    return z_SR
+
+
+def gated(
+    x_ND: Tensor,
+    gate_NK: Tensor,
+    v_CRD: Tensor,
+    order_S: Tensor,
+    start_C1: Tensor,
+    *,
+    inner_silu: bool,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rank` with its pairs' gates: z and gate act(z), both [S, R] in sorted order."""
+    z_SR, a_SR = (x_ND.new_empty(len(order_S), v_CRD.shape[1]) for _ in range(2))
+    gates = gate_NK, a_SR, inner_silu
+    _rank(x_ND, v_CRD, order_S, start_C1, z_SR, gate_NK.shape[1], tile, gates)
+    return z_SR, a_SR
+
+
+def _rank(
+    x_ND: Tensor,
+    w_CRD: Tensor,
+    order_S: Tensor | None,
+    start_C1: Tensor,
+    z_SR: Tensor,
+    kept: int,
+    tile: Tile | None,
+    gates: tuple[Tensor, Tensor, bool] | None = None,
+) -> None:
     channels, ranks, _ = w_CRD.shape
-    z_SR = x_ND.new_empty(len(x_ND) if order_S is None else len(order_S), ranks)
     tile = tile or tile_of("rank", ranks, x_ND.dtype)
+    gate_NK, a_SR, inner_silu = gates or (None, None, False)
     if z_SR.numel():
-        grid: Any = (_tiles(z_SR, channels, tile), triton.cdiv(ranks, tile.ranks))
-        kernels.rank_kernel[grid](
+        grid: Any = (_tiles(z_SR, channels, tile), cdiv(ranks, tile.ranks))
+        RANK_KERNEL(
+            grid,
             x_ND,
             w_CRD,
             order_S,
             start_C1,
             z_SR,
+            gate_NK,
+            a_SR,
             **_shape(z_SR, w_CRD, tile),
             K=kept,
             GATHER=order_S is not None,
+            GATED=gates is not None,
+            INNER_SILU=inner_silu,
             DEPTH=tile.depth,
         )
-    return z_SR
 
 
 def rank_backward(
@@ -62,7 +106,8 @@ def rank_backward(
     tile = tile or tile_of("rank_backward", ranks, dy_ND.dtype)
     if z_SR.numel():
         grid: Any = (_tiles(z_SR, channels, tile),)
-        gradients.rank_backward_kernel[grid](
+        RANK_BACKWARD_KERNEL(
+            grid,
             dy_ND,
             u_CRD,
             z_SR,
@@ -97,10 +142,11 @@ def expand(
     channels, ranks, width = w_CRD.shape
     out_SD = z_SR.new_empty(len(z_SR), width)
     tile = tile or tile_of("expand", ranks, z_SR.dtype)
-    piece = triton.cdiv(triton.cdiv(width, tile.columns), tile.pieces) * tile.columns
+    piece = cdiv(cdiv(width, tile.columns), tile.pieces) * tile.columns
     if out_SD.numel():
-        grid: Any = (_tiles(z_SR, channels, tile) * triton.cdiv(width, piece),)
-        kernels.expand_kernel[grid](
+        grid: Any = (_tiles(z_SR, channels, tile) * cdiv(width, piece),)
+        EXPAND_KERNEL(
+            grid,
             z_SR,
             gate_NK,
             w_CRD,
@@ -142,7 +188,8 @@ def fused(
     out_SD = x_ND.new_empty(len(order_S), width)
     if out_SD.numel():
         grid: Any = (_tiles(z_SR, channels, tile),)
-        kernels.fused_kernel[grid](
+        FUSED_KERNEL(
+            grid,
             x_ND,
             gate_NK,
             v_CRD,
@@ -181,9 +228,10 @@ def weights(
         tile = replace(tile, stages=(tile.stages + 1) // 2)
     outs = [a.new_empty(channels, ranks, width) for a in left]
     if outs[0].numel():
-        blocks = triton.cdiv(ranks, tile.ranks) * len(outs)
-        grid: Any = (channels, triton.cdiv(width, tile.columns), blocks)
-        gradients.weights_kernel[grid](
+        blocks = cdiv(ranks, tile.ranks) * len(outs)
+        grid: Any = (channels, cdiv(width, tile.columns), blocks)
+        WEIGHTS_KERNEL(
+            grid,
             left[0],
             right[0],
             outs[0],
@@ -209,10 +257,11 @@ def combine(rows_SD: Tensor, tokens: int, *, tile: Tile | None = None) -> Tensor
     width = rows_SD.shape[1]
     y_ND = rows_SD.new_empty(tokens, width)
     tile = tile or tile_of("combine", 1, rows_SD.dtype)
-    columns = min(tile.columns, triton.next_power_of_2(max(width, 1)))
+    columns = min(tile.columns, power_of_2(max(width, 1)))
     if y_ND.numel():
-        grid: Any = (triton.cdiv(tokens, tile.rows), triton.cdiv(width, columns))
-        kernels.combine_kernel[grid](
+        grid: Any = (cdiv(tokens, tile.rows), cdiv(width, columns))
+        COMBINE_KERNEL(
+            grid,
             rows_SD,
             y_ND,
             tokens,
@@ -240,7 +289,7 @@ def _shape(z_SR: Tensor, w_CRD: Tensor, tile: Tile) -> dict[str, Any]:
         "ROWS": tile.rows,
         "RANKS": tile.ranks,
         "GROUP": tile.group,
-        "SLOTS": triton.next_power_of_2(channels),
+        "SLOTS": power_of_2(channels),
         **_compiled(z_SR, tile),
     }
 

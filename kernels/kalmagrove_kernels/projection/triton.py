@@ -17,6 +17,8 @@ from kalmagrove_kernels.permute import triton as permute
 from kalmagrove_kernels.permute.reference import Sorted
 from kalmagrove_kernels.projection import stages, tiles
 
+Summation = Callable[[Tensor, Tensor], Tensor]  # a [S, R] in sorted order, w [C, R, D] -> [N, D]
+
 
 class Bytes(NamedTuple):
     """GPU memory of one call beyond its arguments, in bytes."""
@@ -27,19 +29,27 @@ class Bytes(NamedTuple):
 
 
 def workspace_bytes(
-    tokens: int, kept: int, channels: int, rank: int, width: int, dtype: torch.dtype
+    tokens: int,
+    kept: int,
+    channels: int,
+    rank: int,
+    width: int,
+    dtype: torch.dtype,
+    lists: int | None = None,
 ) -> Bytes:
     """Of `basis_projection` at a shape, fp32 gates, all gradients wanted.
 
-    The largest part is one row of D numbers a pair, only within forward and within backward.
+    The largest part is one row of D numbers a pair, only within forward and within backward; with
+    a `summation` that writes none, tell the bytes of its `lists`.
     """
     size, pairs = dtype.itemsize, tokens * kept
-    order, place = 4 * (pairs + channels + 1), 4 * pairs
-    z, rows, y = (size * pairs * rank, size * pairs * width, size * tokens * width)
+    order, place = 4 * (pairs + channels + 1) + (lists or 0), 4 * pairs
+    z, y = size * pairs * rank, size * tokens * width
+    rows = size * pairs * width if lists is None else 0
     weights = size * channels * rank * width
     return Bytes(
         saved=z + order,
-        forward=z + order + place + rows + y,
+        forward=z + order + place + (z if lists is not None else rows) + y,
         backward=max(2 * z + 2 * weights, z + 2 * weights + rows + y) + 4 * pairs,
     )
 
@@ -53,17 +63,23 @@ def basis_projection(
     *,
     inner_silu: bool,
     sort: Callable[[Tensor, int], Sorted] = permute.sort_pairs,
+    summation: Callable[[Sorted], Summation] | None = None,
 ) -> Tensor:
     """See `kalmagrove_kernels.projection.basis_projection`. The weights take the dtype of x.
 
     Args:
         sort: as `kalmagrove_kernels.permute.sort_pairs`, of any backend.
+        summation: makes what takes the place of `stages.expand` and `stages.combine`.
     Raises:
         TypeError: a dtype other than bf16, fp16 and fp32.
     """
     v_CRD, u_CRD = v_CRD.to(x_ND.dtype), u_CRD.to(x_ND.dtype)
-    order_S, _, start_C1 = sort(index_NK, len(v_CRD))
-    y_ND: Tensor = _Projection.apply(x_ND, kept_NK, v_CRD, u_CRD, order_S, start_C1, inner_silu)
+    pairs = sort(index_NK, len(v_CRD))
+    summed = summation(pairs) if summation else None
+    order_S, _, start_C1 = pairs
+    y_ND: Tensor = _Projection.apply(
+        x_ND, kept_NK, v_CRD, u_CRD, order_S, start_C1, inner_silu, summed
+    )
     return y_ND
 
 
@@ -84,9 +100,17 @@ class _Projection(torch.autograd.Function):
         order_S: Tensor,
         start_C1: Tensor,
         inner_silu: bool,
+        summed: Summation | None,
     ) -> Tensor:
         x_ND, gate_NK, v_CRD, u_CRD = (t.contiguous() for t in (x_ND, gate_NK, v_CRD, u_CRD))
+        ctx.inner_silu, ctx.summed = inner_silu, summed
         kind = tiles.kind_of(v_CRD.shape[1], x_ND.dtype)
+        if summed:
+            z_SR, a_SR = stages.gated(
+                x_ND, gate_NK, v_CRD, order_S, start_C1, inner_silu=inner_silu
+            )
+            ctx.save_for_backward(x_ND, gate_NK, v_CRD, u_CRD, z_SR, order_S, start_C1)
+            return summed(a_SR, u_CRD)
         if kind in tiles.FUSED and v_CRD.shape[1] <= tiles.TILES["fused"][kind].ranks:
             z_SR, rows_SD = stages.fused(
                 x_ND, gate_NK, v_CRD, u_CRD, order_S, start_C1, inner_silu=inner_silu
@@ -95,7 +119,6 @@ class _Projection(torch.autograd.Function):
             z_SR = stages.rank(x_ND, v_CRD, order_S, start_C1, gate_NK.shape[1])
             rows_SD = stages.expand(z_SR, u_CRD, order_S, start_C1, gate_NK, inner_silu=inner_silu)
         ctx.save_for_backward(x_ND, gate_NK, v_CRD, u_CRD, z_SR, order_S, start_C1)
-        ctx.inner_silu = inner_silu
         return stages.combine(rows_SD, len(x_ND))
 
     @staticmethod
@@ -112,9 +135,11 @@ class _Projection(torch.autograd.Function):
                 [a_SR, dz_SR], [dy_ND, x_ND], order_S, start_C1, gate_NK.shape[1]
             )
         del a_SR
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.summed:
+            dx_ND = ctx.summed(dz_SR, v_CRD)
+        elif ctx.needs_input_grad[0]:
             dx_ND = stages.combine(stages.expand(dz_SR, v_CRD, order_S, start_C1), len(x_ND))
-        return dx_ND, dgate_NK, dv_CRD, du_CRD, None, None, None
+        return dx_ND, dgate_NK, dv_CRD, du_CRD, None, None, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
