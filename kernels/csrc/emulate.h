@@ -128,11 +128,12 @@ inline void run_block() {
     }
     static uint32_t random = 1;
     while (alive) {
+        bool idle = !progress;
         progress = false;
         random = random * 1664525u + 1013904223u;
         unsigned offset = random >> 8, stride = (random >> 20) | 1;
         while (std::gcd(stride, count) != 1) stride += 2;
-        if (!copies.empty()) {
+        if (!copies.empty() && (idle || offset % 16 == 0)) {
             std::swap(copies[offset % copies.size()], copies.back());
             std::function<void()> copy = std::move(copies.back());
             copies.pop_back();
@@ -145,7 +146,10 @@ inline void run_block() {
             swapcontext(&scheduler, &current->context);
             alive -= current->done;
         }
-        if (!progress) std::fprintf(stderr, "a barrier that not all threads reach\n"), std::abort();
+        if (!progress && copies.empty()) {
+            std::fprintf(stderr, "a barrier that not all threads reach\n");
+            std::abort();
+        }
     }
 }
 
@@ -160,15 +164,17 @@ template <class... Parameters, class... Arguments>
 const char *launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
                    cudaStream_t, Arguments... arguments) {
     if (shared > 227 * 1024) return "too much shared memory";
-    if (block.x * block.y * block.z > 1024 || !grid.x || !grid.y) return "invalid configuration";
+    if (block.x * block.y * block.z > 1024 || !grid.x || !grid.y || !grid.z)
+        return "invalid configuration";
     emulated::shared.resize(shared);
     emulated::grid_size = grid, emulated::block_size = block;
     emulated::body = [=] { kernel(arguments...); };
-    for (unsigned y = 0; y < grid.y; y++)
-        for (unsigned x = 0; x < grid.x; x++) {
-            emulated::block_index = {x, y, 0};
-            emulated::run_block();
-        }
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                emulated::block_index = {x, y, z};
+                emulated::run_block();
+            }
     return nullptr;
 }
 

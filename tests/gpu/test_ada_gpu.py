@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-DECAY = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-3}
+DECAY = {torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float32: 1e-3}
 # States are sums of products of half precision, which the reference does not round.
 STATE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-5}
 FLOOR = {torch.bfloat16: 1e-3, torch.float16: 2e-4, torch.float32: 2e-5}

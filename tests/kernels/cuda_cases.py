@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kalmagrove_kernels.ada import cuda_convolve
 from kalmagrove_kernels.edge import Kept, edge_topk
 from kalmagrove_kernels.edge.reference import largest
 from kalmagrove_kernels.permute import cuda as permute_cuda
@@ -194,6 +195,43 @@ def check_permute(
     for mine, theirs in zip(ours, sort_pairs(index_NK, channels), strict=True):
         assert mine.dtype == torch.int32
         assert torch.equal(mine, theirs)
+
+
+def check_convolution(
+    shape: tuple[int, int, int], taps: int, dtype: torch.dtype, segmented: bool, device: str
+) -> None:
+    """ADA's convolution and its gradients as in fp64; two runs give the same bits."""
+    torch.manual_seed(0)
+    batch, tokens, channels = shape
+    x_BTC, dz_BTC = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    taps_PC = torch.randn(taps, channels, device=device)
+    segments_BT = None
+    if segmented:
+        drawn_BT = torch.randint(0, 9, (batch, tokens), device=device)
+        segments_BT = drawn_BT.sort(1).values.to(torch.int32)
+    assert cuda_convolve.refusal(x_BTC, taps) is None
+    with poisoned():
+        ours, again = (
+            (
+                cuda_convolve.convolve(x_BTC, taps_PC, segments_BT),
+                *cuda_convolve.unconvolve(dz_BTC, x_BTC, taps_PC, segments_BT),
+            )
+            for _ in range(2)
+        )
+    exact = [t.double().requires_grad_() for t in (x_BTC, taps_PC)]
+    y_BTC = torch.zeros(shape, dtype=torch.float64, device=device)
+    for p in range(min(taps, tokens)):
+        same_BT = torch.ones(batch, tokens - p, dtype=torch.bool, device=device)
+        if segments_BT is not None:
+            same_BT = segments_BT[:, p:] == segments_BT[:, : tokens - p]
+        past_BTC = exact[0][:, : tokens - p] * same_BT[..., None]
+        y_BTC = y_BTC + torch.nn.functional.pad(exact[1][p] * past_BTC, (0, 0, p, 0))
+    used = y_BTC + 0 * sum(t.sum() for t in exact)  # in the graph also without tokens
+    wanted = (y_BTC, *torch.autograd.grad(used, exact, dz_BTC.double()))
+    for mine, same, want in zip(ours, again, wanted, strict=True):
+        assert torch.equal(mine, same)
+        assert mine.isfinite().all()
+        assert relative(mine, want) < (4e-3 if mine.dtype == torch.bfloat16 else 3e-6)
 
 
 class SumsCase(NamedTuple):

@@ -141,7 +141,7 @@ __device__ __forceinline__ uint64_t operand(const void *at) {
 #define NUMBERS "f16"
 #endif
 
-// sums (+)= a b, asynchronously. a: 64 rows, 16 deep; b: 16 deep, 64 columns, the columns innermost.
+// sums (+)= a b, asynchronously. a: 64 rows, 16 deep; b: 16 deep, 64 columns, these innermost.
 // Thread 4 g + q of warp w has, as sums[4 j ..], row 16 w + g, columns 8 j + 2 q and the next, then
 // the same of row 16 w + g + 8; its a are depths 2 q and the next
 // of row 16 w + g and of row 16 w + g + 8, then of both the same 8 depths on.
