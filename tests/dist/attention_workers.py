@@ -4,7 +4,6 @@ Run by `tests.dist.harness` with `module="tests.dist.attention_workers"`.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +151,6 @@ def attentions(
     layouts: dict[str, dict[str, Any]], cases: dict[str, dict[str, Any]], plan: dict[str, list[str]]
 ) -> dict[str, dict[str, float]]:
     """The largest distances on any rank, of the cases planned for each layout."""
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a case asks for kernels
     results: dict[str, dict[str, float]] = {}
     wholes: dict[str, Reference] = {}
     for layout, planned in plan.items():

@@ -90,6 +90,7 @@ def run_ranks(
     *,
     timeout: float = 120,
     module: str = "tests.dist.workers",
+    env: dict[str, str] | None = None,
     **arguments: Any,
 ) -> Any:
-    return Ranks(worker, ranks, module=module, **arguments).result(timeout)
+    return Ranks(worker, ranks, env, module, **arguments).result(timeout)

@@ -133,6 +133,7 @@ def test_kernels_in_layouts_are_the_reference_in_one_process() -> None:
         2,
         module="tests.dist.attention_workers",
         timeout=300,
+        env={"TRITON_INTERPRET": "1"},
         layouts=LAYOUTS[2],
         cases={name: {**given, **case} for name, case in KERNELS.items()},
         plan={"cp2": list(KERNELS), "tp2 sequence": ["uneven heads"]},
