@@ -41,7 +41,6 @@ usage: kalmagrove bench lengths [options] [key=value ...]
   --attentions NAME[,NAME]   of conf/attention (ada,hybrid,softmax)
   --lengths N[,N]            tokens a row (1024,2048,...,131072)
   --tokens N                 of a step, all of which are in memory at once (131072)
-  --backend NAME             reference, triton or auto (auto): model.backend
   --steps N                  timed at each length (3), after one that is not timed
   --seconds S                begin no length after that
   --out FILE                 the measurements, as JSON
@@ -51,8 +50,9 @@ A step is forward, backward and update by the engine of `kalmagrove train` (Deep
 one process. The model has 12 layers, 1024 wide, 8 heads of 128, SwiGLU feed-forwards and 8,192
 words, 175M parameters; the feed-forwards of the second attention and the following are widened or
 narrowed to as many parameters as the first has. Blocks are computed again in the backward pass
-(engine.activation_checkpointing). The overrides are those of `kalmagrove train`; with model=NAME
-that model's own sizes are taken. What runs out of memory is listed as failed.
+(engine.activation_checkpointing). The overrides are those of `kalmagrove train`, model.backend for
+the kernels among them; with model=NAME that model's own sizes are taken. What runs out of memory
+is listed as failed.
 
 example: kalmagrove bench lengths --lengths 2048,16384 --attentions ada,softmax model=kan_1b
 """
@@ -72,7 +72,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--attentions", default="ada,hybrid,softmax")
     parser.add_argument("--lengths", type=_numbers, default=LENGTHS)
     parser.add_argument("--tokens", type=int, default=131072)
-    parser.add_argument("--backend", choices=("reference", "triton", "auto"), default="auto")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--out", type=Path)
@@ -86,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError("--lengths", length, rule, "choose powers of two")
     if (launch.launched_world_size() or 1) > 1:
         raise KalmaGroveError("kalmagrove bench lengths is for one process, without a launcher")
-    words = [*_defaults(words), *words, f"model.backend={chosen.backend}"]
+    words = [*_defaults(words), *words]
     runs = contenders(chosen.attentions.split(","), chosen.lengths, chosen.tokens, words)
     command = " ".join(["kalmagrove bench lengths", *argv])
     return _measure(runs, chosen.steps, chosen.seconds, command, chosen.out, chosen.plots)

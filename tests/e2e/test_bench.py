@@ -1,4 +1,4 @@
-"""`kalmagrove bench layouts` on the processes of this machine."""
+"""`kalmagrove bench` on the processes of this machine."""
 
 import json
 from pathlib import Path
@@ -28,3 +28,17 @@ def test_layouts_are_measured_side_by_side(tmp_path: Path) -> None:
     )
     assert "kv_heads=1" in refused["failed"], "kan_tiny has one key/value head"
     assert found["alltoall"][0]["bytes"] == 2**20
+
+
+def test_attentions_are_measured_at_lengths(tmp_path: Path) -> None:
+    only = ["--attentions", "ada,softmax", "--lengths", "32,64", "--tokens", "128", "--steps", "1"]
+    words = ["model=kan_tiny", "model.vocab_size=500", "model.backend=reference"]
+    done = run("bench", "lengths", *only, "--out", "found.json", *words, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["header"]["backend"] == "reference"
+    sizes = found["header"]["parameters"]
+    assert sizes["softmax"] == pytest.approx(sizes["ada"], rel=0.05)
+    measured = [(r["attention"], r["length"]) for r in found["records"]]
+    assert measured == [("ada", 32), ("ada", 64), ("softmax", 32), ("softmax", 64)]
+    assert all(r["tokens_per_second"] > 0 for r in found["records"])

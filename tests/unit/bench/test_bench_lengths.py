@@ -138,7 +138,7 @@ def test_a_model_of_the_words_keeps_its_sizes() -> None:
         ["--lengths", "48", "--tokens", "64"],
         ["--lengths", "128", "--tokens", "64"],
         ["--lengths", "many"],
-        ["--backend", "cpu"],
+        ["model.backend=cpu"],
         ["--attentions", "none"],
     ],
 )
