@@ -41,6 +41,8 @@ def unconvolve(
     dz_BTC: Tensor, x_BTC: Tensor, taps_PC: Tensor, segments_BT: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x, and of the taps [P, C] in fp32."""
+    if dz_BTC.data_ptr() % 16:
+        dz_BTC = dz_BTC.clone()
     batch, tokens, channels = x_BTC.shape
     spans = -(-tokens // SPANS[1])
     dx_BTC = torch.empty_like(x_BTC)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kalmagrove_kernels.ada.reference import upcast
+from kalmagrove_kernels.ada.steps import Steps
 
 BACKENDS = ("reference", "triton", "cuda")
 
@@ -70,53 +71,31 @@ def prepare(
         x_BTC = torch.cat([tail_BPC.to(x_BTC.dtype), x_BTC], dim=1)
         if angles_THr is not None:
             angles_THr = F.pad(angles_THr, (0, 0, 0, 0, before, 0))
+    steps = Steps(heads, width, silu, norm_eps, angles_THr, segments_BT, slot_S, rank_H)
     if backend == "reference":
-        y_BTHR = prepare_reference(
-            x_BTC, heads, width, taps_CP, segments_BT, silu, norm_eps, angles_THr, slot_S, rank_H
-        )
+        y_BTHR = prepare_reference(x_BTC, taps_CP, steps)
     else:
-        y_BTHR = _kernels(
-            backend,
-            x_BTC,
-            heads,
-            width,
-            taps_CP,
-            segments_BT,
-            silu,
-            norm_eps,
-            angles_THr,
-            slot_S,
-            rank_H,
-        )
+        y_BTHR = _kernels(backend, x_BTC, taps_CP, steps)
     return y_BTHR[:, before:] if before else y_BTHR
 
 
-def prepare_reference(
-    x_BTC: Tensor,
-    heads: int,
-    width: int,
-    taps_CP: Tensor | None,
-    segments_BT: Tensor | None,
-    silu: bool,
-    norm_eps: float | None,
-    angles_THr: Tensor | None,
-    slot_S: Tensor | None,
-    rank_H: Tensor | None,
-) -> Tensor:
-    """The steps one after the other; arguments as of `prepare`."""
+def prepare_reference(x_BTC: Tensor, taps_CP: Tensor | None, steps: Steps) -> Tensor:
+    """The steps one after the other."""
     y = upcast(x_BTC)
     if taps_CP is not None:
-        y = _convolve(y, taps_CP.to(y.dtype), segments_BT)
-    if silu:
+        y = _convolve(y, taps_CP.to(y.dtype), steps.segments_BT)
+    if steps.silu:
         y = F.silu(y)
-    if slot_S is not None:
-        y = F.pad(y, (0, 1)).index_select(-1, slot_S)  # the pad is the zero of missing entries
-    y = y.unflatten(-1, (heads, width))
-    if norm_eps is not None:
-        ranks = width if rank_H is None else rank_H[:, None]
-        y = y * (y.square().sum(-1, keepdim=True) / ranks + norm_eps).rsqrt()
-    if angles_THr is not None:
-        cos, sin = angles_THr.cos().to(y.dtype), angles_THr.sin().to(y.dtype)
+    if steps.slot_S is not None:
+        y = F.pad(y, (0, 1)).index_select(
+            -1, steps.slot_S
+        )  # the pad is the zero of what is missing
+    y = y.unflatten(-1, (steps.heads, steps.width))
+    if steps.norm_eps is not None:
+        ranks = steps.width if steps.rank_H is None else steps.rank_H[:, None]
+        y = y * (y.square().sum(-1, keepdim=True) / ranks + steps.norm_eps).rsqrt()
+    if steps.angles_THr is not None:
+        cos, sin = (f(steps.angles_THr).to(y.dtype) for f in (torch.cos, torch.sin))
         low, high = y.chunk(2, dim=-1)
         y = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
     return y.to(x_BTC.dtype)
@@ -134,35 +113,18 @@ def _convolve(x_BTC: Tensor, taps_CP: Tensor, segments_BT: Tensor | None) -> Ten
 
 
 @torch.compiler.disable  # launches that torch.compile cannot trace
-def _kernels(
-    backend: str,
-    x_BTC: Tensor,
-    heads: int,
-    width: int,
-    taps_CP: Tensor | None,
-    segments_BT: Tensor | None,
-    silu: bool,
-    norm_eps: float | None,
-    angles_THr: Tensor | None,
-    slot_S: Tensor | None,
-    rank_H: Tensor | None,
-) -> Tensor:
+def _kernels(backend: str, x_BTC: Tensor, taps_CP: Tensor | None, steps: Steps) -> Tensor:
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(f"backend={backend!r} needs the package triton: install kalmagrove[gpu]")
     from kalmagrove_kernels.ada import triton_prepare
 
-    options = triton_prepare.Options(
-        heads=heads,
-        width=width,
-        silu=silu,
-        norm_eps=norm_eps,
-        angles_THr=None if angles_THr is None else angles_THr.float().contiguous(),
-        segments_BT=None if segments_BT is None else segments_BT.to(torch.int32).contiguous(),
-        slot_S=slot_S,
-        rank_H=rank_H,
-        cuda=backend == "cuda" and taps_CP is not None and _in_cuda(x_BTC, taps_CP.shape[1]),
+    angles, segments = steps.angles_THr, steps.segments_BT
+    steps = steps._replace(
+        angles_THr=None if angles is None else angles.float().contiguous(),
+        segments_BT=None if segments is None else segments.to(torch.int32).contiguous(),
     )
-    return triton_prepare.prepare(x_BTC, taps_CP, options)
+    cuda = backend == "cuda" and taps_CP is not None and _in_cuda(x_BTC, taps_CP.shape[1])
+    return triton_prepare.prepare(x_BTC, taps_CP, steps, cuda)
 
 
 def _in_cuda(x_BTC: Tensor, taps: int) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kalmagrove_kernels.ada import cuda_convolve
+from kalmagrove_kernels.ada.steps import Steps
 from kalmagrove_kernels.launch import Launcher, cdiv, power_of_2
 
 
@@ -287,107 +288,72 @@ PREPARE, UNPREPARE, UNCONVOLVE = map(
 )
 
 
-class Options(NamedTuple):
-    """What does not take part in differentiation. None: absent."""
-
-    heads: int
-    width: int
-    silu: bool
-    norm_eps: float | None
-    angles_THr: Tensor | None
-    segments_BT: Tensor | None
-    slot_S: Tensor | None
-    rank_H: Tensor | None
-    cuda: bool = False  # the convolution by itself, and its gradients, in CUDA C++
-
-    @property
-    def tile(self) -> Tile:
-        return TILES["plain" if self.angles_THr is None else "rotated"]
-
-    def launch(self, taps_PC: Tensor | None) -> dict[str, Any]:
-        return {
-            "R": self.width,
-            "HALF": power_of_2((self.width + 1) // 2),
-            "P": 0 if taps_PC is None else taps_PC.shape[0],
-            "SILU": self.silu,
-            "NORM": self.norm_eps is not None,
-            "ROTATE": self.angles_THr is not None,
-            "SLOTS": self.slot_S is not None,
-            "RANKS": self.rank_H is not None,
-            "SEGMENTS": self.segments_BT is not None,
-            "ROWS": self.tile.rows,
-            "HEADS": self.tile.heads,
-            "num_warps": self.tile.warps,
-        }
-
-    def grid(self, x_BTC: Tensor) -> Any:
-        batch, tokens, _ = x_BTC.shape
-        return cdiv(tokens, self.tile.rows), cdiv(self.heads, self.tile.heads), batch
-
-    def arguments(self, x_BTC: Tensor) -> tuple[Any, ...]:
-        angle_heads = 1 if self.angles_THr is None else self.angles_THr.shape[1]
-        eps = 0.0 if self.norm_eps is None else self.norm_eps
-        return x_BTC.shape[1], x_BTC.shape[2], self.heads, angle_heads, eps
-
-    @property
-    def linear(self) -> bool:
-        """Nothing but the convolution, which leaves channels where they are."""
-        return (
-            not self.silu
-            and self.norm_eps is None
-            and self.angles_THr is None
-            and (self.slot_S is None)
-        )
-
-
-def prepare(x_BTC: Tensor, taps_CP: Tensor | None, options: Options) -> Tensor:
-    """See `kalmagrove_kernels.ada.prepare`."""
-    if taps_CP is None and options.linear:
-        return x_BTC.unflatten(-1, (options.heads, options.width))
-    y_BTHR: Tensor = _Prepare.apply(x_BTC, taps_CP, options)
+def prepare(x_BTC: Tensor, taps_CP: Tensor | None, steps: Steps, cuda: bool) -> Tensor:
+    """See `kalmagrove_kernels.ada.prepare`. cuda: the convolution by itself, and its gradients, in
+    CUDA C++."""
+    if taps_CP is None and steps.linear:
+        return x_BTC.unflatten(-1, (steps.heads, steps.width))
+    y_BTHR: Tensor = _Prepare.apply(x_BTC, taps_CP, steps, cuda)
     return y_BTHR
 
 
 class _Prepare(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BTC: Tensor, taps_CP: Tensor | None, options: Options) -> Tensor:
+    def forward(
+        ctx: Any, x_BTC: Tensor, taps_CP: Tensor | None, steps: Steps, cuda: bool
+    ) -> Tensor:
         x = x_BTC.contiguous()
         taps = None if taps_CP is None else taps_CP.T.contiguous()
-        batch, tokens, _ = x.shape
-        y = x.new_empty((batch, tokens, options.heads, options.width))
-        if options.linear and options.cuda and taps is not None:
-            y = cuda_convolve.convolve(x, taps, options.segments_BT).view_as(y)
+        y = x.new_empty((*x.shape[:2], steps.heads, steps.width))
+        if steps.linear and cuda and taps is not None:
+            y = cuda_convolve.convolve(x, taps, steps.segments_BT).view_as(y)
         elif y.numel():
-            PREPARE(
-                options.grid(x),
-                x, taps, options.slot_S, options.rank_H, options.angles_THr, options.segments_BT,
-                y, *options.arguments(x), **options.launch(taps),
-            )  # fmt: skip
+            _launch(PREPARE, steps, x, taps, (x,), y)
         ctx.save_for_backward(x, taps)
-        ctx.options = options
+        ctx.steps, ctx.cuda = steps, cuda
         return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy_BTHR: Tensor) -> tuple[Tensor | None, ...]:
         x, taps = ctx.saved_tensors
-        options: Options = ctx.options
+        steps: Steps = ctx.steps
         dy = dy_BTHR.contiguous()
-        if options.linear:
+        if steps.linear:
             dz = dy.flatten(2)
         else:
             dz = torch.empty_like(x)
             if dz.numel():
-                UNPREPARE(
-                    options.grid(x),
-                    dy, x, taps, options.slot_S, options.rank_H, options.angles_THr,
-                    options.segments_BT, dz, *options.arguments(x), **options.launch(taps),
-                )  # fmt: skip
+                _launch(UNPREPARE, steps, x, taps, (dy, x), dz)
         if taps is None:
-            return dz, None, None
-        unconvolve = cuda_convolve.unconvolve if options.cuda else _unconvolve
-        dx, dtaps_PC = unconvolve(dz, x, taps, options.segments_BT)
-        return dx, dtaps_PC.T.to(taps.dtype), None
+            return dz, None, None, None
+        unconvolve = cuda_convolve.unconvolve if ctx.cuda else _unconvolve
+        dx, dtaps_PC = unconvolve(dz, x, taps, steps.segments_BT)
+        return dx, dtaps_PC.T.to(taps.dtype), None, None
+
+
+def _launch(
+    kernel: Launcher,
+    steps: Steps,
+    x: Tensor,
+    taps: Tensor | None,
+    inputs: tuple[Tensor, ...],
+    out: Tensor,
+) -> None:
+    """`prepare_kernel` or `unprepare_kernel`, of packed rows x."""
+    batch, tokens, channels = x.shape
+    tile = TILES["plain" if steps.angles_THr is None else "rotated"]
+    angle_heads = 1 if steps.angles_THr is None else steps.angles_THr.shape[1]
+    kernel(
+        (cdiv(tokens, tile.rows), cdiv(steps.heads, tile.heads), batch),
+        *inputs, taps, steps.slot_S, steps.rank_H, steps.angles_THr, steps.segments_BT, out,
+        tokens, channels, steps.heads, angle_heads, steps.norm_eps or 0.0,
+        R=steps.width, HALF=power_of_2((steps.width + 1) // 2), P=0 if taps is None else len(taps),
+        SILU=steps.silu, NORM=steps.norm_eps is not None, ROTATE=steps.angles_THr is not None,
+        SLOTS=steps.slot_S is not None, RANKS=steps.rank_H is not None,
+        SEGMENTS=steps.segments_BT is not None,
+        ROWS=tile.rows, HEADS=tile.heads, num_warps=tile.warps,
+    )  # fmt: skip
 
 
 def _unconvolve(
