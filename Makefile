@@ -23,11 +23,12 @@ $(READY): requirements.lock pyproject.toml
 train: $(READY)
 	$(BIN)/kalmagrove train experiment=quickstart $(ARGS)
 
-# Speed of the tests: unit tests share the cores, tests that start processes of their own run alone,
-# and without coverage, which would slow each of those processes down.
+# Speed of the tests: unit tests share the cores, tests that start processes of their own run alone.
+# Coverage slows down those processes, and Triton's interpreter, whose kernels it does not see.
 test: lint
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest tests/unit tests/kernels -n 2 --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest tests/unit -n 2 --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest tests/kernels -n 2 $(ARGS)
 	$(BIN)/python -m pytest tests/dist tests/e2e tests/golden tests/gpu --durations=12 $(ARGS)
 
 test-unit: $(READY)

@@ -14,6 +14,7 @@ ALLOWED = {
     "parallel": {"config"},
     "track": {"config", "parallel"},
     "nn": {"config", "parallel", "kernels"},
+    "retrofit": {"config", "data", "nn", "kernels"},
     "engine": {"config", "parallel", "nn", "track"},
     "evaluate": {"config", "data", "parallel", "nn", "engine"},
     "bench": {"config", "parallel", "nn", "engine", "track", "kernels"},
