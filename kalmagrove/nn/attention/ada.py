@@ -50,6 +50,13 @@ class ADACache:
     tokens: int = 0
     taps: Tensor | None = None  # [C, P], computed once: weights are fixed while decoding
 
+    def follow(self, keys_BTC: Tensor) -> Tensor:
+        """The tail before these keys; from here on the cache holds the one after them."""
+        before = self.tail
+        past = torch.cat([before, keys_BTC.to(before.dtype)], dim=1)
+        self.tail = past[:, past.shape[1] - before.shape[1] :]
+        return before
+
 
 class ADA(nn.Module):
     """ADA(Q, K, V) = Q (K * kappa)^T / sqrt(d) V, causal, with the switches of `config.ADA`.
@@ -218,18 +225,32 @@ class ADA(nn.Module):
         Every rank computes it, also the first, for which it is zero: all take part in the backward
         pass of `gather`.
         """
-        group = self.cp.group
-        ends_BHNRV = gather(end_BHRV.unsqueeze(2), group, 2)
-        last_BN = continues_BT = None
-        if segments_BT is not None:
-            last_BN = all_gather(segments_BT[:, -1:], group, 1)
-            continues_BT = segments_BT == last_BN[:, max(group.rank - 1, 0), None]
-        state = entering_state(
-            ends_BHNRV, group.rank, q.shape[2], log_decay_H=log_decay, last_segments_BN=last_BN
-        )
+        state, last_B = self.entering(end_BHRV, q.shape[2], log_decay, segments_BT)
+        continues_BT = None
+        if segments_BT is not None and last_B is not None:
+            continues_BT = segments_BT == last_B[:, None]
         return from_state(
             q, state, scale=self.scale, log_decay_H=log_decay, continues_BT=continues_BT
         )
+
+    def entering(
+        self,
+        end_BHRV: Tensor,
+        tokens: int,
+        log_decay: Tensor | None,
+        segments_BT: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The state that the context-parallel ranks before this one leave, and its segment.
+
+        end_BHRV: what this rank's `tokens` end in by themselves.
+        """
+        group = self.cp.group
+        ends_BHNRV = gather(end_BHRV.unsqueeze(2), group, 2)
+        last_BN = None if segments_BT is None else all_gather(segments_BT[:, -1:], group, 1)
+        state = entering_state(
+            ends_BHNRV, group.rank, tokens, log_decay_H=log_decay, last_segments_BN=last_BN
+        )
+        return state, None if last_BN is None else last_BN[:, max(group.rank - 1, 0)]
 
     def _continue(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor
@@ -248,22 +269,40 @@ class ADA(nn.Module):
     def _convolved(
         self, keys_BTC: Tensor, segments_BT: Tensor | None, cache: ADACache | None
     ) -> Tensor:
-        if self.kernel is not None:
-            taps = cache.taps if cache is not None else None
-            taps = self.kernel() if taps is None else taps
-            tail = cache.tail if cache is not None else None
+        taps = self.taps_of(cache)
+        if taps is not None:
+            tail: Tensor | None
             if cache is not None:
-                cache.taps = taps
-                past = torch.cat([cache.tail, keys_BTC.to(cache.tail.dtype)], dim=1)
-                cache.tail = past[:, past.shape[1] - cache.tail.shape[1] :]
-            elif self.cp.divided:
-                reach = self.config.taps - 1
-                tail = self.cp.just_before(keys_BTC, reach)
-                if segments_BT is not None:
-                    before = self.cp.just_before(segments_BT, reach)
-                    segments_BT = torch.cat([before, segments_BT], dim=1)
+                tail = cache.follow(keys_BTC)
+            else:
+                tail, segments_BT = self.halo(keys_BTC, segments_BT)
             keys_BTC = convolve(keys_BTC, taps, segments_BT, tail)
         return F.silu(keys_BTC) if self.config.kernel_activation == "silu" else keys_BTC
+
+    def taps_of(self, cache: ADACache | None) -> Tensor | None:
+        """The taps of the key kernel, if there is one; a cache keeps them."""
+        if self.kernel is None:
+            return None
+        if cache is None:
+            return self.kernel()
+        if cache.taps is None:
+            cache.taps = self.kernel()
+        return cache.taps
+
+    def halo(
+        self, keys_BTC: Tensor, segments_BT: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The keys before these that the convolution reaches, and the segments of all of them.
+
+        With context parallelism they come from the rank before; else there are none.
+        """
+        if not self.cp.divided:
+            return None, segments_BT
+        reach = self.config.taps - 1
+        tail = self.cp.just_before(keys_BTC, reach)
+        if segments_BT is not None:
+            segments_BT = torch.cat([self.cp.just_before(segments_BT, reach), segments_BT], dim=1)
+        return tail, segments_BT
 
     def _heads(self, x_BTC: Tensor) -> Tensor:
         """Packed rows to [B, T, H, R] in fp32, zero where a head's rank ends before R."""

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from kalmagrove.nn.rope import rotary_angles
-from kalmagrove.parallel import all_gather, gather
 from kalmagrove_kernels.ada import (
     attention,
     decode_step,
-    entering_state,
     final_state,
     norm_gate,
     prepare,
@@ -53,18 +51,18 @@ def _whole(
     layer: "ADA", q_BTC: Tensor, k_BTC: Tensor, v_BTHV: Tensor, segments_BT: Tensor | None
 ) -> Tensor:
     """Rows from their start; with context parallelism a piece, behind what comes before it."""
-    cp, taps = layer.cp, None if layer.kernel is None else layer.kernel()
+    cp, taps = layer.cp, layer.taps_of(None)
     tail, reaching = None, segments_BT
-    if cp.divided and taps is not None:
-        reach = taps.shape[1] - 1
-        tail = cp.just_before(k_BTC, reach)
-        if segments_BT is not None:
-            reaching = torch.cat([cp.just_before(segments_BT, reach), segments_BT], dim=1)
+    if taps is not None:
+        tail, reaching = layer.halo(k_BTC, segments_BT)
     q_BTHR, k_BTHR = _ready(layer, q_BTC, k_BTC, taps, tail, reaching, cp.start(q_BTC.shape[1]))
     log_decay = layer.log_decay(q_BTC.device)
     state = last_B = None
     if cp.divided:
-        state, last_B = _entering(layer, k_BTHR, v_BTHV, log_decay, segments_BT)
+        end = final_state(
+            k_BTHR, v_BTHV, log_decay_H=log_decay, segments_BT=segments_BT, backend=KERNELS
+        )
+        state, last_B = layer.entering(end, k_BTHR.shape[1], log_decay, segments_BT)
     out_BTHV, _ = attention(
         q_BTHR, k_BTHR, v_BTHV,
         scale=layer.scale, log_decay_H=log_decay, segments_BT=segments_BT,
@@ -73,42 +71,12 @@ def _whole(
     return out_BTHV
 
 
-def _entering(
-    layer: "ADA",
-    k_BTHR: Tensor,
-    v_BTHV: Tensor,
-    log_decay_H: Tensor | None,
-    segments_BT: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The state that the tokens of the ranks before leave, and its document."""
-    group = layer.cp.group
-    end = final_state(
-        k_BTHR, v_BTHV, log_decay_H=log_decay_H, segments_BT=segments_BT, backend=KERNELS
-    )
-    ends_BHNRV = gather(end.unsqueeze(2), group, 2)
-    last_BN = None
-    if segments_BT is not None:
-        last_BN = all_gather(segments_BT[:, -1:], group, 1)
-    state = entering_state(
-        ends_BHNRV,
-        group.rank,
-        k_BTHR.shape[1],
-        log_decay_H=log_decay_H,
-        last_segments_BN=last_BN,
-    )
-    return state, None if last_BN is None else last_BN[:, max(group.rank - 1, 0)]
-
-
 def _continued(
     layer: "ADA", q_BTC: Tensor, k_BTC: Tensor, v_BTHV: Tensor, cache: "ADACache"
 ) -> Tensor:
     """The next tokens of what the cache holds, which is advanced."""
-    taps = _cached_taps(layer, cache)
-    tail = None
-    if taps is not None:
-        tail = cache.tail
-        past = torch.cat([cache.tail, k_BTC.to(cache.tail.dtype)], dim=1)
-        cache.tail = past[:, past.shape[1] - cache.tail.shape[1] :]
+    taps = layer.taps_of(cache)
+    tail = None if taps is None else cache.follow(k_BTC)
     q_BTHR, k_BTHR = _ready(layer, q_BTC, k_BTC, taps, tail, None, cache.tokens)
     out_BTHV, state = attention(
         q_BTHR, k_BTHR, v_BTHV,
@@ -128,7 +96,7 @@ def _one_token(
     out_BHV = decode_step(
         q_BTC[:, 0], k_BTC[:, 0], v_BTHV[:, 0], cache.state, cache.tail,
         heads=layer.heads, width=layer.width, scale=layer.scale,
-        log_decay_H=layer.log_decay(q_BTC.device), taps_CP=_cached_taps(layer, cache),
+        log_decay_H=layer.log_decay(q_BTC.device), taps_CP=layer.taps_of(cache),
         silu=config.kernel_activation == "silu",
         norm_eps=layer.norm_eps if config.qk_norm else None,
         rope_theta=config.rope_theta if config.rope else None,
@@ -136,12 +104,6 @@ def _one_token(
         slot_S=layer.slot_S, rank_H=layer.rank_H, backend=KERNELS,
     )  # fmt: skip
     return out_BHV.unsqueeze(1)
-
-
-def _cached_taps(layer: "ADA", cache: "ADACache") -> Tensor | None:
-    if layer.kernel is not None and cache.taps is None:
-        cache.taps = layer.kernel()
-    return cache.taps
 
 
 def _ready(

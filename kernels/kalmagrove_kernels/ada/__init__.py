@@ -6,7 +6,8 @@ then `norm_gate`. `reference` is the specification, `pieces` joins what forms of
 of a row.
 """
 
-from kalmagrove_kernels.ada.attention import BACKENDS, attention, final_state
+from kalmagrove_kernels.ada.attention import attention, final_state
+from kalmagrove_kernels.ada.backends import BACKENDS
 from kalmagrove_kernels.ada.decode import decode_step
 from kalmagrove_kernels.ada.epilogue import norm_gate
 from kalmagrove_kernels.ada.pieces import entering_state, from_state

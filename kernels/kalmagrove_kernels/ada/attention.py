@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from kalmagrove_kernels.ada import reference
+from kalmagrove_kernels.ada.backends import BACKENDS
 from kalmagrove_kernels.ada.pieces import from_state
-
-BACKENDS = ("reference", "triton")
 
 
 def attention(

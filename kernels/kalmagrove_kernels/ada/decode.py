@@ -6,18 +6,16 @@ Letters: B batch, H heads, R width of the widest query/key head, V value width, 
 exist, P taps, S = H * R padded entries, r = R / 2 rotary pairs.
 """
 
-import importlib
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from kalmagrove_kernels.ada.backends import module_of
+from kalmagrove_kernels.ada.prepare import prepare_reference
 from kalmagrove_kernels.ada.reference import recurrent, upcast
-
-BACKENDS = ("reference", "triton")
+from kalmagrove_kernels.ada.steps import Steps
 
 
 def decode_step(
@@ -61,7 +59,7 @@ def decode_step(
         slot_S: the channel that each padded entry shows, C for none; every channel is shown once.
             None: C = S and the entries are the channels.
         rank_H: entries of each head that exist, int64; None: R.
-        backend: one of `BACKENDS`.
+        backend: one of `backends.BACKENDS`.
     Raises:
         KeyError: there is no such backend.
         RuntimeError: the backend is "triton" and Triton is not installed.
@@ -112,19 +110,15 @@ def _decode_step(
     slot_S: Tensor | None,
     rank_H: Tensor | None,
 ) -> Tensor:
-    key_BC = upcast(k_BC)
+    key_B1C = upcast(k_BC)[:, None]
+    window_BPC = key_B1C
     if taps_CP is not None:
-        window_BPC = torch.cat([tail_BPC.to(key_BC.dtype), key_BC[:, None]], dim=1)
+        window_BPC = torch.cat([tail_BPC.to(key_B1C.dtype), key_B1C], dim=1)
         tail_BPC.copy_(window_BPC[:, 1:])
-        key_BC = (window_BPC * taps_CP.to(key_BC.dtype).mT.flip(0)).sum(1)
-    if silu:
-        key_BC = F.silu(key_BC)
-    q, k = (_heads(x, heads, width, slot_S) for x in (upcast(q_BC), key_BC))
-    if norm_eps is not None:
-        q, k = (_normalise(x, norm_eps, rank_H) for x in (q, k))
-    if rope_theta is not None:
-        angles = _angles(position, rope_theta, width, rank_H)
-        q, k = _rotate(q, angles), _rotate(k, angles)
+    angles = None if rope_theta is None else _angles(position, rope_theta, width, rank_H)
+    steps = Steps(heads, width, silu, norm_eps, angles, None, slot_S, rank_H)
+    k = prepare_reference(window_BPC, taps_CP, steps)[:, -1]
+    q = prepare_reference(upcast(q_BC)[:, None], None, steps._replace(silu=False))[:, -1]
     o, state = recurrent(
         q.unsqueeze(2),
         k.unsqueeze(2),
@@ -137,32 +131,12 @@ def _decode_step(
     return o.squeeze(2)
 
 
-def _heads(x_BC: Tensor, heads: int, width: int, slot_S: Tensor | None) -> Tensor:
-    """[B, H, R], zero where an entry shows no channel."""
-    if slot_S is not None:
-        x_BC = F.pad(x_BC, (0, 1)).index_select(1, slot_S)
-    return x_BC.unflatten(1, (heads, width))
-
-
-def _normalise(x_BHR: Tensor, eps: float, rank_H: Tensor | None) -> Tensor:
-    """Root mean square 1 over the entries that exist."""
-    square = x_BHR.square().sum(-1, keepdim=True)
-    square = square / (x_BHR.shape[-1] if rank_H is None else rank_H[:, None])
-    return x_BHR * (square + eps).rsqrt()
-
-
 def _angles(position: Tensor, theta: float, width: int, rank_H: Tensor | None) -> Tensor:
-    """fp32 [1 or B, 1 or H, r]; fp32 also with fp64 inputs, as in training."""
+    """fp32 [1 or B, 1, 1 or H, r]; fp32 also with fp64 inputs, as in training."""
     pairs = torch.arange(width // 2, dtype=torch.float32, device=position.device)
     widths = torch.full_like(position.view(-1)[:1], width) if rank_H is None else rank_H
     frequencies = theta ** (-2.0 * pairs / widths.float()[:, None])
-    return position.float().view(-1, 1, 1) * frequencies
-
-
-def _rotate(x_BHR: Tensor, angles: Tensor) -> Tensor:
-    cos, sin = angles.cos().to(x_BHR.dtype), angles.sin().to(x_BHR.dtype)
-    low, high = x_BHR.chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    return position.float().view(-1, 1, 1, 1) * frequencies
 
 
 def _check(
@@ -201,17 +175,5 @@ def _check(
 
 @torch.compiler.disable  # launches that torch.compile cannot trace
 def _kernel(backend: str, *tensors: Tensor, **options: Any) -> Tensor:
-    o_BHV: Tensor = _module(backend).decode_step(*tensors, **options)
+    o_BHV: Tensor = module_of("decode", backend).decode_step(*tensors, **options)
     return o_BHV
-
-
-def _module(backend: str) -> ModuleType:
-    if backend not in BACKENDS:
-        raise KeyError(f"backend={backend!r} must be one of {BACKENDS}")
-    try:
-        return importlib.import_module(f"kalmagrove_kernels.ada.{backend}_decode")
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f"ADA decoding has no backend={backend!r} here ({error}): "
-            "install kalmagrove[gpu], or use backend='reference'"
-        ) from error

@@ -5,16 +5,12 @@ backend "reference" is the specification.
 Letters: B batch, T tokens, H heads, V value width.
 """
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kalmagrove_kernels.ada.backends import module_of
 from kalmagrove_kernels.ada.reference import upcast
-
-BACKENDS = ("reference", "triton")
 
 
 def norm_gate(
@@ -33,7 +29,7 @@ def norm_gate(
         o_BTHV: fp32, bf16 or fp16 (the reference: fp64 too).
         g_BTHV: None: no gate.
         weight_V: None: no norm.
-        backend: one of `BACKENDS`.
+        backend: one of `backends.BACKENDS`.
     Raises:
         KeyError: there is no such backend.
         RuntimeError: the backend is "triton" and Triton is not installed.
@@ -66,17 +62,5 @@ def _norm_gate(
 def _kernel(
     backend: str, o_BTHV: Tensor, g_BTHV: Tensor | None, weight_V: Tensor | None, eps: float
 ) -> Tensor:
-    y_BTHV: Tensor = _module(backend).norm_gate(o_BTHV, g_BTHV, weight_V, eps)
+    y_BTHV: Tensor = module_of("epilogue", backend).norm_gate(o_BTHV, g_BTHV, weight_V, eps)
     return y_BTHV
-
-
-def _module(backend: str) -> ModuleType:
-    if backend not in BACKENDS:
-        raise KeyError(f"backend={backend!r} must be one of {BACKENDS}")
-    try:
-        return importlib.import_module(f"kalmagrove_kernels.ada.{backend}_epilogue")
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f"ADA's norm and gate have no backend={backend!r} here ({error}): "
-            "install kalmagrove[gpu], or use backend='reference'"
-        ) from error

@@ -1,11 +1,13 @@
 """Block shapes of the ADA kernels, chosen by measurement on one GPU, and how rows are cut in spans.
 
-`triton` reads them when it launches; `kalmagrove bench ada --tune` times the candidates.
+`triton` reads them when it launches; docs/kernels.md has what else was timed.
 """
 
 from typing import NamedTuple
 
 import torch
+
+from kalmagrove_kernels.launch import cdiv, power_of_2
 
 
 class Tile(NamedTuple):
@@ -41,10 +43,9 @@ ANCHOR = 128  # tokens between the points where the gradient of the decay is kno
 
 def tile_of(kind: str, widths: tuple[int, int], dtype: torch.dtype) -> Tile:
     """The tile of a kernel ("attend", "span") over tensors of the widths E and F."""
-    widest = max(16, *(1 << (width - 1).bit_length() for width in widths))
+    widest = max(map(power_of_2, widths))
     tile = FP32 if dtype == torch.float32 else TILES[kind][max(64, min(256, widest))]
-    columns = max(16, 1 << (widths[1] - 1).bit_length())
-    return tile._replace(columns=min(tile.columns, columns))
+    return tile._replace(columns=min(tile.columns, max(16, power_of_2(widths[1]))))
 
 
 def span_of(tokens: int, columns: int) -> int:
@@ -52,9 +53,9 @@ def span_of(tokens: int, columns: int) -> int:
 
     columns: sequences times heads times the blocks of columns of a head.
     """
-    span = max(SHORTEST, 1 << (tokens - 1).bit_length())
+    span = max(SHORTEST, power_of_2(tokens))
     if columns >= FEW:
         return span
-    while span > SHORTEST and (span > LONGEST or columns * -(-tokens // span) < PROGRAMS):
+    while span > SHORTEST and (span > LONGEST or columns * cdiv(tokens, span) < PROGRAMS):
         span //= 2
     return span

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kalmagrove_kernels.launch import cdiv, power_of_2
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # fp32 numbers of the state that a program of `_update` holds at most; programs that fill a GPU.
 TILE, PROGRAMS = 8192, 512
@@ -204,8 +206,8 @@ def _update(
 
 def block_of_values(heads: int, rows: int, values: int) -> int:
     """Values a program of `_update` takes: few enough that `heads` of them fill the GPU."""
-    block = min(triton.next_power_of_2(values), max(TILE // rows, 16))
-    while block > 16 and heads * triton.cdiv(values, block) < PROGRAMS:
+    block = min(power_of_2(values), max(TILE // rows, 16))
+    while block > 16 and heads * cdiv(values, block) < PROGRAMS:
         block //= 2
     return block
 
@@ -245,7 +247,7 @@ def decode_step(
     if taps > 1 and tail_BPC.stride(2) != 1:
         raise ValueError("the channels of tail_BPC must be contiguous")
     q_BHR, k_BHR = v_BHV.new_empty(2, batch, heads, width, dtype=torch.float32).unbind()
-    half = triton.next_power_of_2(triton.cdiv(width, 2))
+    half = power_of_2(cdiv(width, 2))
     _prepare[(batch * heads,)](
         q_BC,
         k_BC,
@@ -269,16 +271,16 @@ def decode_step(
         WIDTH=width,
         ROWS=half,
         BEFORE=taps - 1,
-        LINES=triton.next_power_of_2(taps),
+        LINES=power_of_2(taps),
         SILU=silu,
         NORM=norm_eps is not None,
         LOG2_THETA=None if rope_theta is None else math.log2(rope_theta),
         POSITIONS=position.numel() > 1,
         num_warps=max(half // 32, 1),
     )
-    rows = triton.next_power_of_2(width)
+    rows = power_of_2(width)
     cols = block_of_values(batch * heads, rows, values)
-    _update[(batch * heads, triton.cdiv(values, cols))](
+    _update[(batch * heads, cdiv(values, cols))](
         q_BHR,
         k_BHR,
         v_BHV,

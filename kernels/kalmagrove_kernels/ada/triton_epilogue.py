@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kalmagrove_kernels.launch import cdiv, power_of_2
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Numbers of o that a program holds at once; programs of the backward pass at most.
 TILES = {"forward": 4096, "backward": 2048, "programs": 1056}
@@ -101,7 +103,7 @@ def _backward(
 
 
 def _tile(elements: int, values: int) -> dict[str, int]:
-    width = triton.next_power_of_2(values)
+    width = power_of_2(values)
     rows = max(elements // width, 1)
     return {"ROWS": rows, "WIDTH": width, "VALUES": values, "num_warps": 4}
 
@@ -120,7 +122,7 @@ class _NormGate(torch.autograd.Function):
         if y_BTHV.numel():
             values = o_BTHV.shape[-1]
             tile, count = _tile(TILES["forward"], values), o_BTHV.numel() // values
-            grid = (triton.cdiv(count, tile["ROWS"]),)
+            grid = (cdiv(count, tile["ROWS"]),)
             _forward[grid](o_BTHV, g_BTHV, weight_V, y_BTHV, count, eps, **tile)
         return y_BTHV
 
@@ -135,7 +137,7 @@ class _NormGate(torch.autograd.Function):
             return do_BTHV, dg_BTHV, zeros, None
         values = o_BTHV.shape[-1]
         tile, count = _tile(TILES["backward"], values), o_BTHV.numel() // values
-        programs = min(triton.cdiv(count, tile["ROWS"]), TILES["programs"])
+        programs = min(cdiv(count, tile["ROWS"]), TILES["programs"])
         partial_XV = None
         if weight_V is not None:
             partial_XV = o_BTHV.new_empty(programs, values, dtype=torch.float32)
