@@ -59,7 +59,7 @@ class Block:
 
 
 # What runs at a rank (see `tiles.kind_of`); None: expanded rows and their sum, in Triton.
-BLOCKS: dict[str, Block | None] = {"r64": None, "r128": None, "r256": None}
+BLOCKS: dict[str, Block | None] = {"r64": Block(), "r128": None, "r256": None}
 
 
 def candidates() -> Iterator[Block]:
