@@ -243,7 +243,7 @@ class Flows:
         like, wide = self.q_BTHR, torch.float32
         self.dots.append(like.new_empty((blocks, setting.rows, setting.tokens), dtype=wide))
         if self.anchors is None:
-            self.anchors = like.new_empty((setting.rows, count, width_e, width_f), dtype=wide)
+            self.anchors = like.new_empty((setting.rows, count, width_e, width_f))
         if reverse:
             self.flow = like.new_empty((blocks, setting.rows, count), dtype=wide)
         self.beside = self.k_BTHR  # after dq comes dk
