@@ -14,12 +14,16 @@ from kalmagrove.config import KalmaGroveError
 
 VERBS = {
     "train": "train a model, from scratch or from where it stopped",
+    "retrofit": "put KAN feed-forwards into a pretrained model, train, evaluate",
     "prepare": "turn text into tokens on disk",
     "generate": "write text with a trained model",
+    "evaluate": "score a model on benchmarks",
+    "inspect": "plot and judge a model's learned edge functions",
 }
 
 TOOLS = {  # verbs without a configuration
     "checkpoint": "inspect, verify or convert a checkpoint",
+    "compare": "compare the arms of a study of retrofits",
     "bench": "measure kernels against their peers, or layouts against one another",
 }
 

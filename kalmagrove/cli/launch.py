@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from kalmagrove.cli import run_folder
-from kalmagrove.config import ConfigError, Run
+from kalmagrove.config import ConfigError, Training
 
 STOPPING = "kalmagrove: finishing the step and saving; Ctrl-C again kills"
 
@@ -36,7 +38,7 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
-def world_size(run: Run) -> int:
+def world_size(run: Training) -> int:
     """The processes of the run: a launcher's, else those to start.
 
     Raises:
@@ -55,7 +57,7 @@ def world_size(run: Run) -> int:
     return launched
 
 
-def _processes_to_start(run: Run) -> int:
+def _processes_to_start(run: Training) -> int:
     """`launch.nproc`; auto is as many GPUs as layout and batch divide over, else `cpu_nproc`."""
     wanted = run.launch.nproc
     if wanted == 1:
@@ -95,8 +97,8 @@ def visible_gpus() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def launch(run: Run, nproc: int) -> int:
-    """Train with `nproc` local processes; returns the exit code.
+def launch(run: Training, nproc: int, verb: str = "train") -> int:
+    """Do `verb` with `nproc` local processes; returns the exit code.
 
     The launcher runs in a session of its own: a Ctrl-C reaches this process alone, which asks the
     ranks to stop through a file, so that they finish their step and save. A second one ends them.
@@ -105,7 +107,7 @@ def launch(run: Run, nproc: int) -> int:
         config, stop_file = Path(place, "config.yaml"), Path(place, "stop")
         run_folder.write_config(config, run)
         process = subprocess.Popen(
-            [*command(run, nproc), "kalmagrove", "train", "--config", str(config)],
+            [*command(run, nproc), "kalmagrove", verb, "--config", str(config)],
             env=environment() | {"KALMAGROVE_STOP_FILE": str(stop_file)},
             start_new_session=True,
         )
@@ -128,6 +130,20 @@ def launch(run: Run, nproc: int) -> int:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def unlaunched() -> Iterator[None]:
+    """Afterwards this process looks as if it had not been started by a launcher again.
+
+    `connect` sets the variables of one; the next run of a sweep in this process must not see them.
+    """
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+
+
 def exit_code(returned: int) -> int:
     """A shell's code (128 + signal) for a process killed by a signal.
 
@@ -147,7 +163,7 @@ def environment() -> dict[str, str]:
     return found
 
 
-def command(run: Run, nproc: int) -> list[str]:
+def command(run: Training, nproc: int) -> list[str]:
     """The command of DeepSpeed's launcher on this machine.
 
     Not its `runner`, which looks at host files, hides the launcher's death by a signal, and takes

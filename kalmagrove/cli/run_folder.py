@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalmagrove.cli.compose import read_yaml, to_yaml
-from kalmagrove.config import ConfigError, Run
+from kalmagrove.config import ConfigError, Training
 
 if TYPE_CHECKING:
     from kalmagrove.data import Tokenizer
@@ -23,7 +23,7 @@ CONFIG, LOCK = "config.yaml", ".lock"
 LAYOUT = ("parallel.", "zero.", "batch.micro", "engine.activation_checkpointing", "engine.compile")
 
 
-def choose(run: Run) -> Path:
+def choose(run: Training) -> Path:
     """The run's folder; with `checkpoint.resume=never` one that does not exist yet."""
     base = Path(run.dir).expanduser().resolve() / run.run_name
     if run.checkpoint.resume != "never":
@@ -34,7 +34,7 @@ def choose(run: Run) -> Path:
     return folder
 
 
-def pinned(run: Run, folder: Path) -> Run:
+def pinned(run: Training, folder: Path) -> Training:
     """This run with the folder that was chosen for it."""
     return run.model_copy(update={"name": folder.name, "dir": str(folder.parent)})
 
@@ -79,7 +79,7 @@ def holds(folder: Path, token: str) -> bool:
         return False
 
 
-def settle(folder: Path, run: Run, tokenizer: "Tokenizer") -> None:
+def settle(folder: Path, run: Training, tokenizer: "Tokenizer") -> None:
     """Write what describes a run that is known to go on, and point `runs/latest` to it.
 
     `config.yaml` continues the run, whatever `checkpoint.resume` began it with.
@@ -99,14 +99,14 @@ def settle(folder: Path, run: Run, tokenizer: "Tokenizer") -> None:
         os.replace(temporary, folder.parent / "latest")
 
 
-def write_config(path: Path, run: Run) -> None:
+def write_config(path: Path, run: Training) -> None:
     """Write what `kalmagrove train --config` reads back."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(to_yaml(run.model_dump(mode="json")))
     os.replace(temporary, path)
 
 
-def done(folder: Path, run: Run) -> dict[str, Any] | None:
+def done(folder: Path, run: Training) -> dict[str, Any] | None:
     """The summary of a run that has done all its steps; None if there is work to do."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
@@ -116,7 +116,7 @@ def done(folder: Path, run: Run) -> dict[str, Any] | None:
     return summary if reached else None
 
 
-def finished(folder: Path, run: Run) -> dict[str, Any] | None:
+def finished(folder: Path, run: Training) -> dict[str, Any] | None:
     """The summary, if `run` was trained here already; None if there is work to do.
 
     How it was computed (`LAYOUT`) plays no part, as for checkpoints.

@@ -37,9 +37,10 @@ from kalmagrove.config.run import (
     Sample,
     Schedule,
     Track,
+    Training,
     Zero,
 )
-from kalmagrove.config.verbs import Generate, Prepare
+from kalmagrove.config.verbs import Evaluate, Generate, Inspect, Prepare, Suite
 
 __all__ = [
     "ADA",
@@ -57,9 +58,11 @@ __all__ = [
     "Edge",
     "Engine",
     "Eval",
+    "Evaluate",
     "Generate",
     "Grove",
     "Init",
+    "Inspect",
     "Interrupted",
     "KalmaGroveError",
     "Launch",
@@ -75,8 +78,10 @@ __all__ = [
     "Schedule",
     "Softmax",
     "Source",
+    "Suite",
     "Tokenizer",
     "Track",
+    "Training",
     "Zero",
     "load",
     "validate",

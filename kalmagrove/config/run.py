@@ -142,14 +142,13 @@ class Launch(Section):
     timeout: PositiveInt = 1800  # seconds a collective may wait
 
 
-class Run(Section):
-    """A validated run. Built by `kalmagrove.config.load`."""
+class Training(Section):
+    """What every training has, whatever the model is: `Run`, and `Retrofit` of pretrained ones."""
 
     name: str | None = None  # folder under `dir`; null: from model, data and the configuration
     dir: str = "runs"
     steps: PositiveInt
     seed: int = 0
-    model: Model
     data: Data
     batch: Batch
     parallel: Parallel = Parallel()
@@ -164,9 +163,14 @@ class Run(Section):
     price: Price
     launch: Launch = Launch()
 
+    @property
+    def model_name(self) -> str:
+        """What names of folders begin with."""
+        raise NotImplementedError
+
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        names = {"name": self.name, "model.name": self.model.name, "data.name": self.data.name}
+        names = {"name": self.name, "model.name": self.model_name, "data.name": self.data.name}
         for key, name in names.items():
             if name is not None and (name in ("", ".", "..", "latest") or "/" in name):
                 raise ConfigError(
@@ -206,17 +210,14 @@ class Run(Section):
                 "shards the matrices that optim.kind=muon must see whole",
                 "use zero.stage=2",
             )
-        check_layout(self)
         return self
 
     def check_world(self, world_size: int) -> Self:
         """Check what depends on the number of processes.
 
         Raises:
-            ConfigError: if the layout does not go over them, or the step's tokens do not split over
-                the data-parallel ranks.
+            ConfigError: if the step's tokens do not split over the data-parallel ranks.
         """
-        check_processes(self, world_size)
         dp = self.data_parallel(world_size)
         unit = self.data.seq_len * self.batch.micro * dp
         if self.batch.tokens % unit:
@@ -241,6 +242,40 @@ class Run(Section):
     def rows_per_step(self) -> int:
         return self.batch.tokens // self.data.seq_len
 
+    @property
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that decide the result: all that are not neutral, as plain data."""
+        return self.model_dump(mode="json", exclude=NEUTRAL)
+
+    @property
+    def run_name(self) -> str:
+        """`name`, or a name that is the same exactly when the result would be the same."""
+        if self.name:
+            return self.name
+        body = json.dumps(self.result_settings, sort_keys=True)
+        digest = hashlib.sha256(body.encode()).hexdigest()[:6]
+        return f"{self.model_name}-{self.data.name}-{digest}"
+
+
+class Run(Training):
+    """A validated run of `kalmagrove train`. Built by `kalmagrove.config.load`."""
+
+    model: Model
+
+    @property
+    def model_name(self) -> str:
+        return self.model.name
+
+    @model_validator(mode="after")
+    def _layout(self) -> Self:
+        check_layout(self)
+        return self
+
+    def check_world(self, world_size: int) -> Self:
+        """See `Training.check_world`; the layout must go over the processes too."""
+        check_processes(self, world_size)
+        return super().check_world(world_size)
+
     def with_vocab(self, tokenizer_size: int) -> Self:
         """This run with the vocabulary the tokenizer needs.
 
@@ -258,20 +293,6 @@ class Run(Section):
         size = given or self.model.padded_vocab(tokenizer_size)
         model = self.model.model_copy(update={"vocab_size": size})
         return self.model_copy(update={"model": model})
-
-    @property
-    def result_settings(self) -> dict[str, Any]:
-        """The settings that decide the result: all that are not neutral, as plain data."""
-        return self.model_dump(mode="json", exclude=NEUTRAL)
-
-    @property
-    def run_name(self) -> str:
-        """`name`, or a name that is the same exactly when the result would be the same."""
-        if self.name:
-            return self.name
-        body = json.dumps(self.result_settings, sort_keys=True)
-        digest = hashlib.sha256(body.encode()).hexdigest()[:6]
-        return f"{self.model.name}-{self.data.name}-{digest}"
 
 
 def _nearest_multiples(value: int, unit: int) -> str:

@@ -81,7 +81,9 @@ class Batches:
     (j dp + r) micro on. Nothing depends on what was read before: a position is enough to resume.
     """
 
-    def __init__(self, prepared: Prepared, run: config.Run, dp_rank: int, dp_size: int) -> None:
+    def __init__(
+        self, prepared: Prepared, run: config.Training, dp_rank: int, dp_size: int
+    ) -> None:
         if run.rows_per_step % (run.batch.micro * dp_size):
             run.check_world(dp_size * run.parallel.tp * run.parallel.cp)
         T = run.data.seq_len
@@ -178,7 +180,9 @@ class ValBatches:
     predicted once, those of the baselines in the manifest.
     """
 
-    def __init__(self, prepared: Prepared, run: config.Run, dp_rank: int, dp_size: int) -> None:
+    def __init__(
+        self, prepared: Prepared, run: config.Training, dp_rank: int, dp_size: int
+    ) -> None:
         T = run.data.seq_len
         self._rows = Rows(prepared.val, T, prepared.tokenizer.eot, run.data.document_aware)
         count = self._rows.all
@@ -214,7 +218,7 @@ def check_seq_len(prepared: Prepared, seq_len: int) -> None:
         )
 
 
-def build_batches(prepared: Prepared, run: config.Run, dp_rank: int, dp_size: int) -> Batches:
+def build_batches(prepared: Prepared, run: config.Training, dp_rank: int, dp_size: int) -> Batches:
     """The training data of one data-parallel rank.
 
     Raises:
@@ -223,6 +227,6 @@ def build_batches(prepared: Prepared, run: config.Run, dp_rank: int, dp_size: in
     return Batches(prepared, run, dp_rank, dp_size)
 
 
-def val_batches(prepared: Prepared, run: config.Run, dp_rank: int, dp_size: int) -> ValBatches:
+def val_batches(prepared: Prepared, run: config.Training, dp_rank: int, dp_size: int) -> ValBatches:
     """The held-out data of one data-parallel rank."""
     return ValBatches(prepared, run, dp_rank, dp_size)

@@ -8,6 +8,7 @@ from kalmagrove.engine.checkpoint_files import find_checkpoints, read_state
 from kalmagrove.engine.connect import connect, disconnect
 from kalmagrove.engine.engine import Engine, build_engine
 from kalmagrove.engine.loop import Outcome, evaluate, fit
+from kalmagrove.engine.weights import whole_weights
 
 __all__ = [
     "Engine",
@@ -23,4 +24,5 @@ __all__ = [
     "read_state",
     "resume",
     "save",
+    "whole_weights",
 ]

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from safetensors.torch import load_file
 from torch import nn
 
-from kalmagrove.config import CheckpointError, NonFiniteError, Run
+from kalmagrove.config import CheckpointError, NonFiniteError, Training
 from kalmagrove.engine.checkpoint_files import (
     FORMAT,
     INDEX_FILE,
@@ -192,10 +192,13 @@ def _describe(engine: Engine) -> dict[str, Any]:
             "precision": str(engine.dtype).removeprefix("torch."),
         },
         "parameters": parameter_digest(engine.module),
+        "frozen": engine.frozen,
     }
 
 
-def resume(engine: Engine, batches: Stateful, meters: Stateful, run: Run, run_dir: Path) -> State:
+def resume(
+    engine: Engine, batches: Stateful, meters: Stateful, run: Training, run_dir: Path
+) -> State:
     """Go on from the newest whole checkpoint of `run_dir`, with a warning for each that is not.
 
     A run without one begins where `run.checkpoint.resume` says: at step 0 (auto), or from the

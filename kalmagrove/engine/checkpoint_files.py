@@ -21,7 +21,12 @@ STATE_FILE = "state.json"
 INDEX_FILE = "index.json"
 WEIGHTS_FILE = "model.safetensors"
 UNFINISHED = (".tmp", ".old")
-# settings under `model` that change neither weights nor results
+# Sections of a configuration that say what the model is: of `Run`, of `Retrofit`.
+MODEL_KEYS = (
+    "model", "base", "scratch", "last", "blocks", "replace", "ffn", "hidden", "train", "embeddings",
+    "norms",
+)  # fmt: skip
+# Settings under `model` that change neither weights nor results.
 FREE_MODEL_KEYS = ("model.name", "model.backend", "model.init")
 POSITION_KEYS = ("samples",)  # of the batches' state: where they are, not what they are
 
@@ -221,6 +226,8 @@ def differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
     ]
     if not lines and saved["parameters"] != here["parameters"]:
         lines = ["the parameters' names or shapes differ (made by another version of the code?)"]
+    if not lines and saved.get("frozen") != here.get("frozen"):
+        lines = ["the weights that do not train differ (has the base model changed?)"]
     return lines
 
 
@@ -228,7 +235,7 @@ def _identity(tree: dict[str, Any]) -> dict[str, Any]:
     """The settings, flattened to dotted keys, that must agree."""
     run = tree["run"]
     chosen = {
-        "model": run["model"],
+        **{key: run[key] for key in MODEL_KEYS if key in run},
         "data": {"tokenizer": run["data"]["tokenizer"]},
         "optim": {"kind": run["optim"]["kind"], "decay_splines": run["optim"]["decay_splines"]},
         "batches": {k: v for k, v in tree["batches"].items() if k not in POSITION_KEYS},

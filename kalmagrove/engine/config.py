@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from kalmagrove.config import ConfigError, Run
+from kalmagrove.config import ConfigError, Training
 from kalmagrove.parallel import Groups
 
 
-def resolve_precision(run: Run, device: torch.device) -> torch.dtype:
+def resolve_precision(run: Training, device: torch.device) -> torch.dtype:
     """The parameters' dtype: auto is bf16 on GPU and fp32 elsewhere.
 
     Raises:
@@ -28,7 +28,7 @@ def resolve_precision(run: Run, device: torch.device) -> torch.dtype:
 
 
 def deepspeed_config(
-    run: Run, groups: Groups, dtype: torch.dtype, parameters: int
+    run: Training, groups: Groups, dtype: torch.dtype, parameters: int
 ) -> dict[str, Any]:
     """Settings for `deepspeed.initialize`.
 

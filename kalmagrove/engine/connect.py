@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from kalmagrove.config import ConfigError, Run
+from kalmagrove.config import ConfigError, Training
 
 REQUIRED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def connect(run: Run) -> torch.device:
+def connect(run: Training) -> torch.device:
     """Initialise torch.distributed through DeepSpeed, threads and the device of this process.
 
     Raises:

@@ -3,6 +3,7 @@
 Built by `build_engine` from a model; driven by `fit`; saved and restored by `checkpoint`.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kalmagrove.config import ConfigError, Run
+from kalmagrove.config import ConfigError, Training
 from kalmagrove.engine.compat import initialize, local_weights, tag_parallel
 from kalmagrove.engine.config import deepspeed_config, resolve_precision
 from kalmagrove.engine.optim import build_optimizer
@@ -20,7 +21,7 @@ from kalmagrove.parallel import Groups, all_reduce_sum, any_rank, is_expert, sha
 Batch = dict[str, Any]
 
 
-def build_engine(model: nn.Module, run: Run, groups: Groups) -> "Engine":
+def build_engine(model: nn.Module, run: Training, groups: Groups) -> "Engine":
     """Give `model` to DeepSpeed: device, dtype, sharding, optimizer. All ranks call it.
 
     Raises:
@@ -33,15 +34,28 @@ def build_engine(model: nn.Module, run: Run, groups: Groups) -> "Engine":
         _compile_blocks(model, run)
     if dtype == torch.bfloat16:  # fp32 islands (ADA's state, routers): TF32 is finer than the rest
         torch.set_float32_matmul_precision("high")
+    frozen = frozen_digest(model)
     model.to(groups.device)
     parameters = sum(p.numel() for p in model.parameters())
     tag_parallel(model, groups)
     optimizer = build_optimizer(model, run.optim, groups.device)
     config = deepspeed_config(run, groups, dtype, parameters)
-    return Engine(model, initialize(model, optimizer, config, groups), groups, run, dtype)
+    return Engine(model, initialize(model, optimizer, config, groups), groups, run, dtype, frozen)
 
 
-def _compile_blocks(model: nn.Module, run: Run) -> None:
+def frozen_digest(model: nn.Module) -> str | None:
+    """Of the names and values that do not train; None if all do. Before they are sharded."""
+    frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    if not frozen:
+        return None
+    found = hashlib.sha256()
+    for name, parameter in frozen:
+        found.update(name.encode())
+        found.update(parameter.detach().float().cpu().contiguous().numpy().data)
+    return found.hexdigest()[:16]
+
+
+def _compile_blocks(model: nn.Module, run: Training) -> None:
     if run.zero.stage == 3:
         raise ConfigError(
             "engine.compile",
@@ -58,17 +72,25 @@ class Engine:
 
     module: the model itself. deepspeed: the DeepSpeedEngine around it. nonfinite_in_row: skipped
     steps since the last good one. nonfinite_total: since step 0. metrics: the module's after the
-    last training step, and `aux_loss`, what was added to the cross-entropy.
+    last training step, and `aux_loss`, what was added to the cross-entropy. frozen: a digest of the
+    weights that do not train, None if all do.
     """
 
     def __init__(
-        self, module: nn.Module, deepspeed: Any, groups: Groups, run: Run, dtype: torch.dtype
+        self,
+        module: nn.Module,
+        deepspeed: Any,
+        groups: Groups,
+        run: Training,
+        dtype: torch.dtype,
+        frozen: str | None = None,
     ) -> None:
         self.module = module
         self.deepspeed = deepspeed
         self.groups = groups
         self.run = run
         self.dtype = dtype
+        self.frozen = frozen
         self.nonfinite_in_row = 0
         self.nonfinite_total = 0
         self.metrics: dict[str, Tensor] = {}

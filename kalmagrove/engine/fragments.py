@@ -52,7 +52,10 @@ class Held:
 
 
 def held(engine: Engine) -> list[Held]:
-    """Of every parameter, what this rank holds, in the optimizer's order."""
+    """Of every parameter that trains, what this rank holds, in the optimizer's order.
+
+    Frozen ones are those that the model was built with: checkpoints hold them as weights alone.
+    """
     zero, names = engine.deepspeed.optimizer, {}
     for name, parameter in engine.module.named_parameters():
         names[parameter] = name
@@ -66,7 +69,8 @@ def held(engine: Engine) -> list[Held]:
             for group in zero.param_groups
             for p in group["params"]
         ]
-    left = set(names.values()) - {part.name for part in found}
+    trained = {name for parameter, name in names.items() if parameter.requires_grad}
+    left = trained - {part.name for part in found}
     assert not left, f"parameters without optimizer are not saved: {sorted(left)[:3]}"
     return found
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from kalmagrove.config import CheckpointError, DataError, Interrupted, NonFiniteError, Run
+from kalmagrove.config import CheckpointError, DataError, Interrupted, NonFiniteError, Training
 from kalmagrove.engine.checkpoint import State, save
 from kalmagrove.engine.engine import Batch, Engine
 from kalmagrove.engine.refit import refit_grids
@@ -76,7 +76,7 @@ def fit(
     val_batches: Iterable[Batch],
     meters: Observer,
     state: State,
-    run: Run,
+    run: Training,
 ) -> Outcome:
     """Train from `state.step` to `run.steps`. All ranks call it.
 
@@ -127,7 +127,7 @@ def _train(
     val_batches: Iterable[Batch],
     meters: Observer,
     state: State,
-    run: Run,
+    run: Training,
     stop: StopRequest,
 ) -> float:
     val_nats = None
@@ -154,13 +154,13 @@ def _train(
     return val_nats
 
 
-def _continued_by(state: State, run: Run) -> str:
+def _continued_by(state: State, run: Training) -> str:
     if run.checkpoint.resume == "never":
         return f"the same command with name={state.folder.parent.name} checkpoint.resume=auto"
     return "the same command"
 
 
-def _step(engine: Engine, batches: Batches, meters: Observer, state: State, run: Run) -> None:
+def _step(engine: Engine, batches: Batches, meters: Observer, state: State, run: Training) -> None:
     begun = time.perf_counter()
     micro_batches = [next(batches) for _ in range(engine.accumulation)]
     fetched = time.perf_counter()
@@ -191,7 +191,7 @@ def _step(engine: Engine, batches: Batches, meters: Observer, state: State, run:
             meters.refitted(state.step, state.tokens, grids)
 
 
-def _give_up(engine: Engine, state: State, run: Run, reason: str) -> None:
+def _give_up(engine: Engine, state: State, run: Training, reason: str) -> None:
     """Raise if too many steps in a row were not finite."""
     if engine.nonfinite_in_row < run.engine.max_nonfinite:
         return

@@ -1,6 +1,6 @@
 """Which kernels the layers run: `model.backend`, or the best there are.
 
-KAN layers and ADA ask when they are built. cuda: CUDA C++ where it is faster (edge functions with
+KAN layers, ADA and retrofitted feed-forwards ask when they are built. cuda: CUDA C++ where it is faster (edge functions with
 top-k, sorting, ADA's convolution) and Triton for the rest; triton: Triton for all; reference: plain
 PyTorch.
 """
@@ -41,19 +41,31 @@ def resolve_attention(backend: str, device: torch.device) -> str:
     return _chosen("ADA", backend, missing)
 
 
-def _chosen(what: str, backend: str, missing: dict[str, str | None]) -> str:
+def resolve_polynomial(backend: str, device: torch.device) -> str:
+    """The kernels of polynomial feed-forwards on a device, as `resolve_backend`.
+
+    Raises:
+        ConfigError: kernels asked for by name cannot run.
+    """
+    missing = {"triton": _without_triton(device.type)}
+    return _chosen("polynomial", backend, missing, "backend")
+
+
+def _chosen(
+    what: str, backend: str, missing: dict[str, str | None], key: str = "model.backend"
+) -> str:
     """missing: why a backend cannot run, or None, best first."""
     if backend == "reference":
         return backend
     if backend == "auto":
         choice = next((name for name, why in missing.items() if why is None), "reference")
         reasons = "".join(f"; {name}: {why}" for name, why in missing.items() if why)
-        _log_once(f"{what} kernels: {choice} (model.backend=auto{reasons})")
+        _log_once(f"{what} kernels: {choice} ({key}=auto{reasons})")
         return choice
     if backend == "triton" and os.environ.get("TRITON_INTERPRET"):
         return backend  # slow, on any device: for those who work on kernels
     if why := missing[backend]:
-        raise ConfigError("model.backend", backend, f"is not available: {why}", "use auto")
+        raise ConfigError(key, backend, f"is not available: {why}", "use auto")
     return backend
 
 

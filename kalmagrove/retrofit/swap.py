@@ -33,8 +33,19 @@ def rebuild_kan(description: Description, width: int) -> nn.Module:
     return build_feedforward(feedforward_of(description["config"], "description.config"), width)
 
 
+def rebuild_swiglu(description: Description, width: int) -> nn.Module:
+    """{"kind": "swiglu", "hidden": its inner width}."""
+    from kalmagrove.retrofit.mlp import SwiGLU
+
+    hidden = description.get("hidden")
+    if set(description) != {"kind", "hidden"} or not isinstance(hidden, int) or hidden < 1:
+        rule = "must have the keys kind and hidden alone, hidden a positive integer"
+        raise ConfigError("description", description, rule)
+    return SwiGLU(width, hidden)
+
+
 # `kind` of a description -> what makes an untrained module D -> D of it.
-REBUILDERS: dict[str, Rebuild] = {"kan": rebuild_kan}
+REBUILDERS: dict[str, Rebuild] = {"kan": rebuild_kan, "swiglu": rebuild_swiglu}
 
 
 class Build(Protocol):

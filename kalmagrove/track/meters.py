@@ -25,7 +25,7 @@ import torch.distributed as dist
 from rich.console import Console as RichConsole
 from torch import Tensor
 
-from kalmagrove.config import Run
+from kalmagrove.config import Training
 from kalmagrove.track.console import Console
 from kalmagrove.track.cost import Cost, Spent, process_age
 from kalmagrove.track.energy import Energy, gpu_counter
@@ -87,7 +87,7 @@ class Meters:
 
     def __init__(
         self,
-        run: Run,
+        run: Training,
         run_dir: Path,
         groups: Groups,
         facts: Facts,
@@ -436,7 +436,7 @@ class Meters:
 
 
 def build_meters(
-    run: Run,
+    run: Training,
     run_dir: Path,
     groups: Groups,
     *,

@@ -1,0 +1,92 @@
+"""`kalmagrove compare FOLDER`: the arms of a study of retrofits, side by side, with a verdict."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from kalmagrove.config import ConfigError, DataError
+
+USAGE = """kalmagrove compare: the arms of a study side by side, with a plain verdict
+
+usage: kalmagrove compare FOLDER [--reference ARM] [--pair ARM:ARM ...] [--resamples N] [--seed N]
+
+  FOLDER           of a study (runs/kallm): one folder a run in it
+  --reference ARM  that all others are compared with (restart if it is there, else the first)
+  --pair ARM:ARM   two more to compare; may be given several times
+  --resamples N    of the bootstrap (10000)
+  --seed N         of the bootstrap (0)
+
+Prints the table, and writes comparison.md and comparison.json into FOLDER. Unfinished runs are left
+out and named.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError("compare", message, "is not understood", "see --help")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Do what `argv` says; returns the exit code."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(USAGE)
+        return 0 if argv else 2
+    parser = _Parser(prog="kalmagrove compare", usage=USAGE, add_help=False)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--reference")
+    parser.add_argument("--pair", action="append", default=[])
+    parser.add_argument("--resamples", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args(argv)
+    pairs = []
+    for pair in chosen.pair:
+        one, colon, other = pair.partition(":")
+        if not (one and colon and other):
+            raise ConfigError("--pair", pair, "must be two arms, ARM:ARM")
+        pairs.append((one, other))
+    show(chosen.folder, chosen.reference, pairs, chosen.resamples, chosen.seed)
+    return 0
+
+
+def show(
+    study: Path,
+    reference: str | None = None,
+    pairs: Sequence[tuple[str, str]] = (),
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> None:
+    """Compare the finished runs in `study`; print, and write.
+
+    Raises:
+        DataError: there are none, or they cannot be compared.
+    """
+    from kalmagrove.retrofit import results, statistics, table
+
+    if not study.is_dir():
+        raise DataError(f"{study} is no folder; name the one that holds a study's runs")
+    runs = sorted(p.parent for p in study.glob("*/retrofit.json") if not p.parent.is_symlink())
+    finished = [folder for folder in runs if (folder / "arm.json").is_file()]
+    for folder in runs:
+        if folder not in finished:
+            print(f"{folder.name} is not finished and left out")
+    if not finished:
+        raise DataError(f"{study} holds no finished run (a folder with arm.json)")
+    read = results.read_results(finished)
+    names = [arm.name for arm in read.arms]
+    if reference is None:
+        reference = "restart" if "restart" in names else names[0]
+    if len(names) < 2:
+        print(f"{study} holds the arm {names[0]} alone: there is nothing to compare")
+        return
+    summary = statistics.compare(read, reference, list(pairs), resamples, seed)
+    table.to_console(summary)
+    for name, text in (
+        ("comparison.md", table.to_markdown(summary)),
+        ("comparison.json", table.to_json(summary)),
+    ):
+        partial = study / f".{name}"
+        partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        os.replace(partial, study / name)
+    print(f"written to {study / 'comparison.md'} and comparison.json")

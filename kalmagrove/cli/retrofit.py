@@ -1,0 +1,363 @@
+"""`kalmagrove retrofit`: other feed-forwards in a pretrained model, trained, saved, evaluated.
+
+`retrofit_on_this_rank` is the whole program in one screen; the engine, data, ledger and checkpoints
+are those of `kalmagrove train`.
+"""
+
+import gc
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kalmagrove.cli import launch, run_folder
+from kalmagrove.cli.compose import hydra_app
+from kalmagrove.cli.session import (
+    already_finished,
+    by_main,
+    check_same_data,
+    claim,
+    saved_tree,
+    set_up_logging,
+)
+from kalmagrove.config import ConfigError, KalmaGroveError, Suite
+from kalmagrove.config.retrofit_run import Retrofit, retrofit_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from kalmagrove.data import Prepared
+    from kalmagrove.parallel import Groups
+    from kalmagrove.retrofit.build import Built
+
+RESULT = "arm.json"  # what `kalmagrove compare` reads
+REPORT = "retrofit.json"  # what was replaced, and how well a warm start imitates
+
+
+def main(argv: Sequence[str]) -> int:
+    """Retrofit as `argv` says (overrides, `--config FILE`); returns the exit code."""
+    if any(word.partition("=")[0] == "--config" for word in argv):
+        return _start(_checked(saved_tree(list(argv))), in_sweep=False)
+    studies: dict[str, Path] = {}
+
+    def task(run: Retrofit, in_sweep: bool) -> int:
+        if in_sweep and run.study:
+            studies[run.study] = Path(run.dir).expanduser() / run.study
+        return _start(run, in_sweep)
+
+    code = hydra_app("retrofit", argv, _checked, task)
+    for folder in studies.values() if code == 0 else ():
+        from kalmagrove.cli import compare
+
+        try:
+            compare.show(folder)
+        except KalmaGroveError as error:  # other processes may still work on the study
+            print(f"no comparison yet: {error}")
+    return code
+
+
+def _checked(tree: dict[str, Any]) -> Retrofit:
+    run = retrofit_of(tree)
+    _suites(run)
+    return run.check_world(launch.world_size(run))
+
+
+def _start(run: Retrofit, in_sweep: bool) -> int:
+    if launch.launched_world_size() is not None:
+        if in_sweep:
+            rule, remedy = "starts the processes of its runs itself", "leave out the launcher"
+            raise ConfigError("argument", "-m", rule, remedy)
+        return retrofit_on_this_rank(run)
+    folder = run_folder.choose(run)
+    if _finished(folder, run):
+        return _already(folder)
+    world_size = launch.world_size(run)
+    if world_size == 1:
+        with launch.unlaunched():
+            return retrofit_on_this_rank(run, stay=in_sweep)
+    code = launch.launch(run_folder.pinned(run, folder), world_size, "retrofit")
+    if code == 0 and not (folder / RESULT).exists():
+        raise KalmaGroveError(
+            f"the processes ended without an error, but {folder / RESULT} is not there; the same "
+            "command continues"
+        )
+    return code
+
+
+def _finished(folder: Path, run: Retrofit) -> bool:
+    """Whether `run` is trained and evaluated; ConfigError if another one was."""
+    trained = run.train == "none" or run_folder.finished(folder, run) is not None
+    return trained and run.checkpoint.resume != "never" and (folder / RESULT).exists()
+
+
+def _already(folder: Path) -> int:
+    print(f"{folder} is finished; again with checkpoint.resume=never, or change the configuration")
+    return 0
+
+
+def retrofit_on_this_rank(composed: Retrofit, stay: bool = False) -> int:
+    """The main path, on one process of the run; returns the exit code.
+
+    stay: more runs follow in this process.
+    """
+    import torch
+
+    from kalmagrove.data import prepare
+    from kalmagrove.engine import connect, disconnect
+    from kalmagrove.parallel import Groups
+    from kalmagrove.retrofit.build import build
+
+    began = time.monotonic()
+    set_up_logging()
+    _without_bars()
+    for suite in _suites(composed):  # what is missing is missed before anything is trained
+        _questions(suite, composed.evaluation.files, composed.evaluation.shots)
+    prepared = prepare(composed.data, progress=launch.launched_rank() == 0)
+    device = connect(composed)
+    groups = Groups.init(composed.parallel, device, composed.launch.timeout)
+    check_same_data(composed, groups, prepared)
+    folder, summary = claim(composed, groups)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    sample = _sample(prepared, composed) if summary is None and composed.warm_start.tokens else []
+    if summary is None:
+        built = build(composed, prepared.tokenizer.size, sample, device)
+        by_main(groups, lambda: _report(folder, composed, built, prepared))
+        if composed.train == "none":
+            by_main(groups, lambda: run_folder.settle(folder, composed, prepared.tokenizer))
+            by_main(groups, lambda: _export(folder, built.inner, None, composed))
+        else:
+            _train(composed, folder, groups, prepared, built, began if stay else None)
+        del built
+        gc.collect()  # DeepSpeed's engine refers to itself; its memory is needed
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    elif groups.is_main:
+        already_finished(folder, summary)
+    result = _evaluate(composed, folder, groups, prepared)
+    by_main(groups, lambda: _write_result(folder, composed, result))
+    if stay:
+        Groups.reset()
+    else:
+        disconnect()
+    return 0
+
+
+def _without_bars() -> None:
+    """transformers shows a bar for every file, on every rank."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _sample(prepared: "Prepared", run: Retrofit) -> "list[torch.Tensor]":
+    """The first rows of the training data, for a warm start."""
+    from kalmagrove.data import build_batches
+
+    assert run.warm_start.tokens is not None
+    batches = build_batches(prepared, run, 0, 1)
+    rows = -(-run.warm_start.tokens // run.data.seq_len)
+    return [next(batches)["tokens"] for _ in range(-(-rows // run.batch.micro))]
+
+
+def _report(folder: Path, run: Retrofit, built: "Built", prepared: "Prepared") -> None:
+    """Say what was done to the model, and keep it."""
+    trainable = built.trainable
+    fits = {str(number): asdict(fit) for number, fit in built.fits.items()}
+    tree = {
+        "blocks": list(built.blocks),
+        "replace": run.replace,
+        "path": f"{built.structure.path}.*.{built.structure.feed_forward}",
+        "trainable": asdict(trainable),
+        "warm_start": fits,
+        "notes": list(built.notes),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / REPORT).write_text(json.dumps(tree, indent=1) + "\n")
+    parts = ", ".join(f"{name} {count:,}" for name, count in trainable.parts.items() if count)
+    if run.replace != "none":
+        blocks = ", ".join(map(str, built.blocks))
+        count = len(built.structure.blocks)
+        print(f"{folder.name}: replace={run.replace} in blocks {blocks} of {count}")
+    print(f"trains {trainable.trainable:,} of {trainable.total:,} parameters ({parts})")
+    for number, fit in built.fits.items():
+        print(f"warm start, block {number}: R^2 {fit.r2_before:.3f} -> {fit.r2_after:.3f}")
+    for note in built.notes:
+        print(f"note: {note}")
+
+
+def _train(
+    run: Retrofit,
+    folder: Path,
+    groups: "Groups",
+    prepared: "Prepared",
+    built: "Built",
+    started: float | None,
+) -> None:
+    """As `kalmagrove train` does, and the model in the format of Hugging Face."""
+    from kalmagrove.data import build_batches, val_batches
+    from kalmagrove.engine import build_engine, fit, resume, whole_weights
+    from kalmagrove.retrofit.flops import flops_per_token
+    from kalmagrove.track import build_meters
+
+    batches = build_batches(prepared, run, groups.dp.rank, groups.dp.size)
+    held_out = val_batches(prepared, run, groups.dp.rank, groups.dp.size)
+    flops = flops_per_token(built.inner, built.structure, run.data.seq_len)
+    engine = build_engine(built.model, run, groups)
+    meters = build_meters(
+        run,
+        folder,
+        groups,
+        params_total=built.trainable.total,
+        params_active=built.trainable.total,
+        flops_per_token=flops.training,
+        val_bytes_per_token=prepared.val_bytes_per_token,
+        val_split_tokens=prepared.manifest.val.targets,
+        baselines={"unigram_nats": prepared.unigram_nats, "bigram_nats": prepared.bigram_nats},
+        started=started,
+    )
+    state = resume(engine, batches, meters, run, folder)
+    by_main(groups, lambda: run_folder.settle(folder, run, prepared.tokenizer))
+    fit(engine, batches, held_out, meters, state, run)
+    weights = whole_weights(engine)
+    by_main(groups, lambda: _export(folder, built.inner, weights, run))
+
+
+def _export(
+    folder: Path, inner: Any, weights: "dict[str, torch.Tensor] | None", run: Retrofit
+) -> None:
+    """The model with its tokenizer under `model/`, whole or not at all."""
+    from kalmagrove.retrofit import save
+    from kalmagrove.retrofit.build import adopt, model_folder
+
+    final = model_folder(folder)
+    partial = final.with_name(".model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if weights is not None:
+        adopt(inner, weights)
+    save(inner, partial, folder / "tokenizer")
+    shutil.rmtree(final, ignore_errors=True)
+    partial.replace(final)
+
+
+def _evaluate(
+    run: Retrofit, folder: Path, groups: "Groups", prepared: "Prepared"
+) -> dict[str, Any]:
+    """Scores of the saved model, in `evaluation/SUITE`; what `arm.json` says of the run."""
+    from kalmagrove.evaluate.harness import evaluate
+    from kalmagrove.evaluate.subject import open_model
+
+    wanted = run.evaluation
+    summary = run_folder.done(folder, run) or {}
+    subject = open_model(folder, str(groups.device), run.engine.precision)
+    if run.train == "none":
+        summary = _facts(groups, prepared, _held_out_nats(run, groups, prepared, subject.model))
+    for suite in _suites(run):
+        results = evaluate(
+            subject,
+            _questions(suite, wanted.files, wanted.shots),
+            out=folder / "evaluation" / suite.name,
+            price=run.price,
+            group=groups.world,
+            limit=wanted.limits.get(suite.name, wanted.limit),
+            chat=wanted.chat,
+            batch_tokens=wanted.batch_tokens,
+            precision=run.engine.precision,
+        )
+        if groups.is_main:
+            _show_scores(results)
+    return summary
+
+
+def _held_out_nats(
+    run: Retrofit, groups: "Groups", prepared: "Prepared", inner: "nn.Module"
+) -> float:
+    """Of the held-out split, of a model that was not trained: nats a target token."""
+    import torch
+
+    from kalmagrove.data import val_batches
+    from kalmagrove.parallel import all_reduce_sum
+    from kalmagrove.retrofit import find
+    from kalmagrove.retrofit.model import IGNORED, LanguageModel
+
+    model = LanguageModel(inner, find(inner)).eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=groups.device)
+    with torch.no_grad():
+        for batch in val_batches(prepared, run, groups.dp.rank, groups.dp.size):
+            moved = {k: v.to(groups.device) for k, v in batch.items() if torch.is_tensor(v)}
+            loss = model(**moved, normalizer=1.0).loss
+            sums += torch.stack([loss.double(), (moved["targets"] != IGNORED).sum().double()])
+    all_reduce_sum(sums, groups.dp)
+    return float(sums[0] / sums[1])
+
+
+def _facts(groups: "Groups", prepared: "Prepared", nats: float) -> dict[str, Any]:
+    """What a summary says of a model that trains nothing."""
+    from kalmagrove.track.summary import bits_per_byte, code_version, machine, versions
+
+    return {
+        "val_loss_nats": nats,
+        "val_bits_per_byte": bits_per_byte(nats, prepared.val_bytes_per_token),
+        "machine": machine(groups.device),
+        "commit": code_version(),
+        "versions": versions(),
+    }
+
+
+def _write_result(folder: Path, run: Retrofit, summary: dict[str, Any]) -> None:
+    """`arm.json`, last of all: with it the run is finished."""
+    report = json.loads((folder / REPORT).read_text())
+    trainable, machine = report["trainable"], summary.get("machine", {})
+    tree = {
+        "arm": run.arm_name,
+        "seed": run.seed,
+        "trainable_parameters": trainable["trainable"],
+        "total_parameters": trainable["total"],
+        "peak_bytes": summary.get("peak_memory"),
+        "tokens_per_second": summary.get("tokens_per_s"),
+        "usd": summary.get("usd"),
+        "train_seconds": summary.get("device_seconds"),
+        "val_nats": summary.get("val_loss_nats"),
+        "bits_per_byte": summary.get("val_bits_per_byte"),
+        "device": machine.get("gpu") or machine.get("cpu"),
+        "steps": summary.get("steps", 0),
+        "tokens": summary.get("tokens", 0),
+        "commit": summary.get("commit"),
+        "versions": summary.get("versions"),
+    }
+    partial = folder / f".{RESULT}"
+    partial.write_text(json.dumps(tree, indent=1) + "\n")
+    partial.replace(folder / RESULT)
+    print(f"{folder / 'model'}: the model, for kalmagrove.retrofit.load and AutoModelForCausalLM")
+
+
+def _suites(run: Retrofit) -> list[Suite]:
+    """What is evaluated; ConfigError for a suite that is not there."""
+    from kalmagrove.evaluate.suites import load_suite
+
+    tasks = run.evaluation.tasks
+    return [
+        *(load_suite(name) for name in run.evaluation.suites),
+        *([Suite(name="tasks", tasks=tasks)] if tasks else []),
+    ]
+
+
+@cache
+def _questions(suite: Suite, files: str | None, shots: int | None) -> Any:
+    """Of a suite, read once a process."""
+    from kalmagrove.evaluate import suites
+
+    return suites.prepare(suite, files, shots)
+
+
+def _show_scores(results: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from kalmagrove.evaluate.report import results_table
+
+    Console().print(results_table(results))
