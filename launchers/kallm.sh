@@ -39,18 +39,21 @@ fi
 common=(experiment=kallm base="$BASE" dir="$RUNS" "${data[@]}" "$@")
 [ -z "${BENCHMARKS:-}" ] || common+=(evaluation.files="$BENCHMARKS")
 
-$KALMAGROVE retrofit arm=untouched "${common[@]}"  # also prepares the data
 mkdir -p "$RUNS/kallm"
-jobs=()
-for seed in $SEEDS; do
-  $KALMAGROVE retrofit -m arm="$ARMS" seed="$seed" track=quiet "${common[@]}" \
-    >"$RUNS/kallm/seed$seed.log" 2>&1 &
+start() { # NAME WORD...: one process, in the background
+  $KALMAGROVE retrofit "${@:2}" track=quiet "${common[@]}" >"$RUNS/kallm/$1.log" 2>&1 &
   jobs+=($!)
-done
+}
+jobs=()
+start untouched arm=untouched
+for seed in $SEEDS; do start "seed$seed" -m arm="$ARMS" seed="$seed"; done
 failed=0
 for job in "${jobs[@]}"; do wait "$job" || failed=$?; done
 if [ "$failed" != 0 ]; then
-  tail -n 3 "$RUNS"/kallm/seed*.log >&2
+  for log in "$RUNS"/kallm/*.log; do echo "== $log"; tail -n 3 "$log"; done >&2
   exit "$failed"
 fi
-$KALMAGROVE compare "$RUNS/kallm" --reference restart --pair kan:matched --pair kan:finetuned
+for suite in bbh bbh_generate; do
+  [ ! -d "$RUNS/kallm/untouched/evaluation/$suite" ] ||
+    $KALMAGROVE compare "$RUNS/kallm" --suite $suite --reference restart --pair kan:matched --pair kan:finetuned
+done

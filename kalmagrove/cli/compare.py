@@ -10,9 +10,11 @@ from kalmagrove.config import ConfigError, DataError
 
 USAGE = """kalmagrove compare: the arms of a study side by side, with a plain verdict
 
-usage: kalmagrove compare FOLDER [--reference ARM] [--pair ARM:ARM ...] [--resamples N] [--seed N]
+usage: kalmagrove compare FOLDER [--suite NAME] [--reference ARM] [--pair ARM:ARM ...]
+                          [--resamples N] [--seed N]
 
   FOLDER           of a study (runs/kallm): one folder a run in it
+  --suite NAME     the tasks of one suite alone; the files are then comparison-NAME.*
   --reference ARM  that all others are compared with (restart if it is there, else the first)
   --pair ARM:ARM   two more to compare; may be given several times
   --resamples N    of the bootstrap (10000)
@@ -35,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     parser = _Parser(prog="kalmagrove compare", usage=USAGE, add_help=False)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--suite")
     parser.add_argument("--reference")
     parser.add_argument("--pair", action="append", default=[])
     parser.add_argument("--resamples", type=int, default=10_000)
@@ -46,12 +49,13 @@ def main(argv: Sequence[str]) -> int:
         if not (one and colon and other):
             raise ConfigError("--pair", pair, "must be two arms, ARM:ARM")
         pairs.append((one, other))
-    show(chosen.folder, chosen.reference, pairs, chosen.resamples, chosen.seed)
+    show(chosen.folder, chosen.suite, chosen.reference, pairs, chosen.resamples, chosen.seed)
     return 0
 
 
 def show(
     study: Path,
+    suite: str | None = None,
     reference: str | None = None,
     pairs: Sequence[tuple[str, str]] = (),
     resamples: int = 10_000,
@@ -73,7 +77,7 @@ def show(
             print(f"{folder.name} is not finished and left out")
     if not finished:
         raise DataError(f"{study} holds no finished run (a folder with arm.json)")
-    read = results.read_results(finished)
+    read = results.read_results(finished, suite)
     names = [arm.name for arm in read.arms]
     if reference is None:
         reference = "restart" if "restart" in names else names[0]
@@ -82,11 +86,9 @@ def show(
         return
     summary = statistics.compare(read, reference, list(pairs), resamples, seed)
     table.to_console(summary)
-    for name, text in (
-        ("comparison.md", table.to_markdown(summary)),
-        ("comparison.json", table.to_json(summary)),
-    ):
-        partial = study / f".{name}"
+    name = f"comparison-{suite}" if suite else "comparison"
+    for ending, text in (("md", table.to_markdown(summary)), ("json", table.to_json(summary))):
+        partial = study / f".{name}.{ending}.{os.getpid()}"
         partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-        os.replace(partial, study / name)
-    print(f"written to {study / 'comparison.md'} and comparison.json")
+        os.replace(partial, study / f"{name}.{ending}")
+    print(f"written to {study / name}.md and .json")

@@ -47,15 +47,22 @@ def compose_tree(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def sweep_points(config_name: str, overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of every run of a sweep, in Hydra's order.
+    """The overrides of every run of a sweep, in Hydra's order; those of its experiment first.
 
     Raises:
         ConfigError: for a word that is not an override, or a sweep that is not a list of values.
     """
     with _hydra(config_name, overrides):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        given = parser.parse_overrides(list(overrides))
+        plain = [w for w, o in zip(overrides, given, strict=True) if not o.is_sweep_override()]
+        whole = compose(config_name, plain, return_hydra_config=True)
+        swept = OmegaConf.select(whole, "hydra.sweeper.params") or {}
+        keys = {override.get_key_element() for override in given}
+        words = [f"{key}={value}" for key, value in swept.items() if key not in keys]
+        words += overrides
         axes = []
-        for word, override in zip(overrides, parser.parse_overrides(list(overrides)), strict=True):
+        for word, override in zip(words, parser.parse_overrides(words), strict=True):
             if not override.is_sweep_override():
                 axes.append([word])
                 continue

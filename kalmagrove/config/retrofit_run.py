@@ -89,7 +89,11 @@ class Retrofit(Training):
     @property
     def model_name(self) -> str:
         """The base's last name, and the arm."""
-        base = PurePath(self.base).name if self.base else (self.scratch or {}).get("model_type", "scratch")
+        base = (
+            PurePath(self.base).name
+            if self.base
+            else (self.scratch or {}).get("model_type", "scratch")
+        )
         return f"{base}-{self.arm_name}"
 
     @property

@@ -1,1 +1,1 @@
-"""What a trained model can do: generation now."""
+"""What a trained model can do: its text, its scores on benchmarks, its bits per byte."""

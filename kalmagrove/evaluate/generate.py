@@ -7,7 +7,7 @@ Legend: B batch (one row a prompt), V vocabulary.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -31,7 +31,6 @@ class Tokenizer(Protocol):
     def decode(self, tokens: list[int]) -> str: ...
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -50,45 +49,80 @@ def generate(
     token, as documents do in training. The text of a prompt depends on the seed, not on the other
     prompts of the batch; repeats of one prompt get streams of their own. Padded vocabulary entries
     are never drawn.
-
-    The shortest prompt's length is prefilled in one call; then all rows advance token by token,
-    rows still inside their prompt taking its tokens. Raises ConfigError for settings out of range.
+    Raises ConfigError for settings out of range.
     """
     _check(max_new_tokens, temperature, top_p)
     rows = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
-    if not rows or max_new_tokens == 0:
-        return [""] * len(rows)
     streams = _streams(prompts, seed)
+
+    def choose(logits_BV: Tensor, drawing: list[bool]) -> Tensor:
+        return sample(logits_BV, _draw(streams, drawing), temperature, top_p)
+
+    ends = (tokenizer.eot,) if stop_at_eot else ()
+    texts = continue_rows(
+        model,
+        rows,
+        max_new_tokens=max_new_tokens,
+        eos=ends,
+        size=tokenizer.size,
+        filler=tokenizer.eot,
+        choose=choose,
+    )
+    return [tokenizer.decode(text) for text in texts]
+
+
+@torch.no_grad()
+def continue_rows(
+    model: nn.Module,
+    rows: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    eos: Sequence[int],
+    size: int,
+    filler: int,
+    choose: Callable[[Tensor, list[bool]], Tensor] = lambda logits_BV, _: logits_BV.argmax(-1),
+    stop: Callable[[list[int]], bool] = lambda new: False,
+) -> list[list[int]]:
+    """The new tokens of every row, until one of `eos` (left out), `stop` or the maximum.
+
+    The shortest row's length is prefilled in one call; then all rows advance token by token, rows
+    still inside their prompt taking its tokens.
+
+    Args:
+        size: of the vocabulary without padding, which is never chosen.
+        filler: a token for rows that have ended.
+        choose: the next token of each row, [B], from logits [B, V] and which rows take one.
+        stop: whether a row's new tokens are enough.
+    """
+    if not rows or max_new_tokens == 0:
+        return [[] for _ in rows]
+    rows = [list(row) for row in rows]
     device = next(model.parameters()).device
     lengths = [len(row) for row in rows]
     finished = [False] * len(rows)
     done = min(lengths)
-    with _evaluating(model):
+    with evaluating(model):
         cache: Any = model.init_cache(len(rows), max(lengths) + max_new_tokens)  # type: ignore[operator]
         tokens = torch.tensor([row[:done] for row in rows], device=device)
         while True:
-            logits_BV = model(tokens, cache=cache).logits[:, -1, : tokenizer.size].float().cpu()
+            logits_BV = model(tokens, cache=cache).logits[:, -1, :size].float().cpu()
             drawing = [
-                done >= length and not stopped
-                for length, stopped in zip(lengths, finished, strict=True)
+                done >= length and not over for length, over in zip(lengths, finished, strict=True)
             ]
-            uniform_B = _draw(streams, drawing)
-            chosen = sample(logits_BV, uniform_B, temperature, top_p)
+            chosen = choose(logits_BV, drawing)
             for i, token in enumerate(chosen.tolist()):
                 if drawing[i]:
                     rows[i].append(token)
                     full = len(rows[i]) == lengths[i] + max_new_tokens
-                    finished[i] = full or (stop_at_eot and token == tokenizer.eot)
+                    finished[i] = full or token in eos or stop(rows[i][lengths[i] :])
             if all(finished):
                 break
             # A finished row is fed anything: nobody reads it again.
-            feed = [row[done] if done < len(row) else tokenizer.eot for row in rows]
+            feed = [row[done] if done < len(row) else filler for row in rows]
             tokens = torch.tensor(feed, device=device)[:, None]
             done += 1
     texts = [row[length:] for row, length in zip(rows, lengths, strict=True)]
-    if stop_at_eot:
-        texts = [text[:-1] if text and text[-1] == tokenizer.eot else text for text in texts]
-    return [tokenizer.decode(text) for text in texts]
+    return [text[:-1] if text and text[-1] in eos else text for text in texts]
 
 
 def write(model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], **settings: Any) -> str:
@@ -138,7 +172,8 @@ def _draw(streams: list[torch.Generator], drawing: list[bool]) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, afterwards as it was."""
     training = model.training
     model.eval()
     try:

@@ -30,7 +30,7 @@ def load_trained(folder: Path, device: str = "auto") -> tuple[Transformer, Token
             f"run={folder} holds no checkpoint; name the folder of a run (runs/NAME) or of a "
             "checkpoint (runs/NAME/checkpoints/step-000100)"
         )
-    chosen = _device(device)
+    chosen = find_device(device)
     state = read_state(found[0])
     run = load(state["run"])
     model = build_model(run.model, Groups.single(chosen))
@@ -46,7 +46,8 @@ def load_trained(folder: Path, device: str = "auto") -> tuple[Transformer, Token
     return model.eval(), tokenizer
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The torch device; auto: cuda if there is one. Raises ConfigError if this machine lacks it."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if gpus else "cpu"

@@ -1,8 +1,8 @@
 """Which kernels the layers run: `model.backend`, or the best there are.
 
-KAN layers, ADA and retrofitted feed-forwards ask when they are built. cuda: CUDA C++ where it is faster (edge functions with
-top-k, sorting, ADA's convolution) and Triton for the rest; triton: Triton for all; reference: plain
-PyTorch.
+KAN layers, ADA and retrofitted feed-forwards ask when they are built. cuda: CUDA C++ where it is
+faster (edge functions with top-k, sorting, ADA's convolution) and Triton for the rest; triton:
+Triton for all; reference: plain PyTorch.
 """
 
 import importlib.util

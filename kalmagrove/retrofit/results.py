@@ -132,16 +132,18 @@ class OneRun:
     tasks: dict[tuple[str, str], Answers]
 
 
-def read_results(folders: Sequence[str | Path]) -> Results:
+def read_results(folders: Sequence[str | Path], suite: str | None = None) -> Results:
     """The runs in `folders`; arms stand in the order in which they are named first.
 
+    Args:
+        suite: leave out the tasks of others.
     Raises:
         DataError: a file is missing or malformed, an arm has a seed twice or lacks one that others
             have, or runs differ in tasks, items or baselines.
     """
     if not folders:
         raise DataError("there are no runs to compare; name the folders of finished runs")
-    runs = [read_run(Path(folder)) for folder in folders]
+    runs = [read_run(Path(folder), suite) for folder in folders]
     names = list(dict.fromkeys(run.record.arm for run in runs))
     runs.sort(key=lambda run: (names.index(run.record.arm), run.record.seed))
     for before, after in pairwise(runs):
@@ -177,17 +179,18 @@ def read_results(folders: Sequence[str | Path]) -> Results:
     )
 
 
-def read_run(folder: Path) -> OneRun:
-    """One folder, checked by itself."""
+def read_run(folder: Path, only: str | None = None) -> OneRun:
+    """One folder, checked by itself; `only`: the suite that is read."""
     record = _parse(ArmRecord, _json(folder / "arm.json"), folder / "arm.json")
     tasks: dict[tuple[str, str], Answers] = {}
-    for path in sorted(folder.glob("evaluation/*/results.json")):
+    for path in sorted(folder.glob(f"evaluation/{only or '*'}/results.json")):
         suite = _parse(SuiteRecord, _json(path), path)
         for name, task in sorted(suite.tasks.items()):
             items = path.parent / "items" / f"{name}.jsonl"
             tasks[path.parent.name, name] = _answers(items, task, path)
     if not tasks:
-        raise DataError(f"{folder} has no evaluation/<suite>/results.json; evaluate the run first")
+        place = f"evaluation/{only or '<suite>'}/results.json"
+        raise DataError(f"{folder} has no {place}; evaluate the run first")
     return OneRun(folder, record, tasks)
 
 

@@ -14,16 +14,20 @@ ALLOWED = {
     "parallel": {"config"},
     "track": {"config", "parallel"},
     "nn": {"config", "parallel", "kernels"},
-    "retrofit": {"config", "data", "nn", "kernels"},
+    "retrofit": {"config", "data", "parallel", "nn", "kernels"},
     "engine": {"config", "parallel", "nn", "track"},
-    "evaluate": {"config", "data", "parallel", "nn", "engine"},
+    "evaluate": {"config", "data", "parallel", "nn", "engine", "track", "retrofit"},
     "bench": {"config", "parallel", "nn", "engine", "track", "kernels"},
-    "cli": {"config", "data", "parallel", "nn", "engine", "track", "evaluate", "bench", "kernels"},
+    "cli": {
+        *("config", "data", "parallel", "nn", "engine", "track"),
+        *("evaluate", "retrofit", "bench", "kernels"),
+    },
 }
 HOMES = {
     "deepspeed": "engine",
     "megatron": "parallel",
     "wandb": "track",
+    "lm_eval": "evaluate",
     "hydra": "cli",
     "omegaconf": "cli",
     "triton": "kernels",

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import yaml
 
 from kalmagrove import __version__
-from kalmagrove.cli import VERBS, launch, main, run_folder, train
+from kalmagrove.cli import VERBS, launch, main, run_folder, session, train
 from kalmagrove.cli.compose import compose_tree, read_yaml
 from kalmagrove.config import ConfigError, DataError, Interrupted, KalmaGroveError, Run, load
 from kalmagrove.parallel import Groups
@@ -172,12 +172,12 @@ def test_machines_without_a_common_disk(tmp_path: Path, monkeypatch: pytest.Monk
     groups, run = Groups.single(), tiny(tmp_path, "name=a")
     monkeypatch.setattr(run_folder, "holds", lambda folder, token: False)
     with pytest.raises(ConfigError, match=r"dir=.* must be on a file system that all machines"):
-        train._claim(run, groups)
+        session.claim(run, groups)
     prepared = SimpleNamespace(fingerprint="here", path=tmp_path)
-    train._check_same_data(run, groups, prepared)
+    session.check_same_data(run, groups, prepared)
     monkeypatch.setattr("kalmagrove.parallel.broadcast_object", lambda value, group: "there")
     with pytest.raises(DataError, match=r"data.cache=.* is here on rank 0 and there on rank 0"):
-        train._check_same_data(run, groups, prepared)
+        session.check_same_data(run, groups, prepared)
 
 
 SRUN = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}

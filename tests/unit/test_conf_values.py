@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from kalmagrove.cli.compose import compose_tree, conf_dir
+from tests.unit.options import OPTIONS, verb_of
 
 pytestmark = pytest.mark.unit
-OPTIONS = sorted(p.relative_to(conf_dir()) for p in conf_dir().glob("*/*.yaml"))
 
 
 def leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -27,11 +27,12 @@ def test_values_arrive(option: Path) -> None:
     text = (conf_dir() / option).read_text()
     said = yaml.safe_load(text) or {}
     said.pop("defaults", None)
+    said.pop("hydra", None)  # how a sweep runs, not what
     package = group
     if text.startswith("# @package "):
         package = text.split("\n", 1)[0].removeprefix("# @package ")
     home = () if package == "_global_" else tuple(package.split("."))
-    tree = compose_tree("train", [f"{group}={option.stem}"])
+    tree = compose_tree(verb_of(option), [f"{group}={option.stem}"])
     for path, value in leaves(said):
         node: Any = tree
         for part in (*home, *path):

@@ -2,26 +2,38 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from kalmagrove.cli.compose import compose_tree, conf_dir
-from kalmagrove.config import ConfigError, Generate, Prepare, load, validate
+from kalmagrove import cli
+from kalmagrove.cli.compose import compose_tree, conf_dir, read_yaml, sweep_points
+from kalmagrove.cli.run_folder import write_config
+from kalmagrove.config import ConfigError, Evaluate, Generate, Inspect, Prepare, load, validate
 from kalmagrove.config.counts import ffn_count, parameter_count
+from kalmagrove.config.retrofit_run import Retrofit, retrofit_of
+from tests.unit.options import OPTIONS, verb_of
 
 pytestmark = pytest.mark.unit
-OPTIONS = sorted(p.relative_to(conf_dir()) for p in conf_dir().glob("*/*.yaml"))
-VERBS = {
+BASE = "base=some/model"
+VERBS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "train": load,
+    "retrofit": retrofit_of,
     "prepare": lambda tree: validate(Prepare, tree),
     "generate": lambda tree: validate(Generate, tree),
+    "evaluate": lambda tree: validate(Evaluate, tree),
+    "inspect": lambda tree: validate(Inspect, tree),
 }
+GIVEN = {"retrofit": [BASE]}  # what a verb has no default for
 NEEDS = {  # options that only make sense with something the user gives
     "data/text": ["data.source.paths=[a.txt]"],
     "data/jsonl": ["data.source.paths=[a.jsonl]"],
     "data/parquet": ["data.source.paths=[a.parquet]"],
+    "scratch/llama_tiny": ["base=null", "data.tokenizer.kind=bpe"],
+    "scratch/smollm2_135m": ["base=null", "data.tokenizer.kind=bpe"],
 }
 
 
@@ -34,15 +46,25 @@ def tree() -> dict:
 def test_every_option_composes_and_validates(option: Path) -> None:
     name = str(option.with_suffix(""))
     group, _, choice = name.partition("/")
-    run = load(compose_tree("train", [f"{group}={choice}", *NEEDS.get(name, [])]))
-    assert run.model.layers > 0
+    verb = verb_of(option)
+    words = [f"{group}={choice}", *GIVEN.get(verb, []), *NEEDS.get(name, [])]
+    assert VERBS[verb](compose_tree(verb, words))
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_no_option_of_one_verb_is_one_of_another(option: Path) -> None:
+    group = option.parent.name
+    others = {"arm", "scratch", "suite", "model", "attention", "ffn"} & {group}
+    for verb in {"train", "retrofit", "evaluate"} - {verb_of(option)} if others else ():
+        with pytest.raises(ConfigError, match=group):
+            compose_tree(verb, [f"{group}={option.stem}"])
 
 
 def test_every_top_level_file_is_a_verb() -> None:
     files = {p.stem for p in conf_dir().glob("*.yaml")}
-    assert files == set(VERBS)
+    assert files == set(VERBS) == set(cli.VERBS)
     for name, validator in VERBS.items():
-        validator(compose_tree(name, []))
+        validator(compose_tree(name, GIVEN.get(name, [])))
 
 
 def test_no_yaml_hides_from_the_tests() -> None:
@@ -212,3 +234,109 @@ def test_rank_table_must_fit_the_layers(tree: dict) -> None:
     ada["qk_rank"] = 7
     with pytest.raises(ConfigError, match="must be even"):
         load(tree)
+
+
+def retrofit(*words: str) -> Retrofit:
+    return retrofit_of(compose_tree("retrofit", list(words)))
+
+
+def test_every_arm_of_the_experiment_is_a_run_of_its_own() -> None:
+    arms = ["untouched", "finetuned", "restart", "matched", "kan", "kan_parallel", "kan_sequence"]
+    words = ["experiment=kallm", "seed=2"]
+    names = [retrofit(*words, f"arm={arm}").run_name for arm in arms]
+    assert names == ["kallm/untouched", *(f"kallm/{arm}-seed2" for arm in arms[1:])]
+    run = retrofit(*words, "arm=kan")
+    assert run.evaluation.suites == ("bbh", "bbh_generate")
+    assert run.data.tokenizer.name == run.base == "HuggingFaceTB/SmolLM2-135M"
+
+
+def test_arms_that_are_compared_have_as_many_parameters() -> None:
+    counts = {}
+    for arm in ("kan", "matched", "kan_parallel", "kan_sequence"):
+        ffn = retrofit(BASE, f"arm={arm}").ffn
+        assert ffn is not None
+        counts[arm] = ffn.parameters(576)
+    assert counts["kan"] == counts["matched"] == 2 * 3 * 576 * 384
+    assert counts["kan_parallel"] - counts["kan"] == 2
+    assert counts["kan_sequence"] == counts["kan"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "base=null or scratch must be given, and only one of them; try base="),
+        ([BASE, "scratch=llama_tiny"], f"{BASE} or scratch must be given, and only one of them"),
+        ([BASE, "blocks=[0]"], "last=5 or blocks must be given, and not both; give last=5, or"),
+        ([BASE, "last=null"], "last=null or blocks must be given, and not both"),
+        ([BASE, "last=0"], "last=0 should be greater than 0"),
+        ([BASE, "arm=restart", "replace=kan"], "ffn=null is required by replace=kan"),
+        ([BASE, "arm=restart", "replace=mlp"], "ffn=null is required by hidden=match"),
+        ([BASE, "arm=restart", "warm_start.tokens=64"], "replace=restart makes none; use null"),
+        (
+            ["scratch=llama_tiny", "data.tokenizer.kind=bpe", "warm_start.tokens=64"],
+            "warm_start.tokens=64 fits KAN feed-forwards to ones that were trained, and scratch",
+        ),
+        ([BASE, "parallel.tp=2"], "must keep their defaults: pretrained models are trained data-"),
+        ([BASE, "+ffn.colour=red"], "ffn.colour=red is not a known key of a family; known keys: "),
+        ([BASE, "ffn.basis=chebyshev9"], "ffn.basis=chebyshev9 "),
+        ([BASE, "ffn.degree=9"], "ffn.degree=9 must be at most 8"),
+        ([BASE, "+colour=red"], "colour='red' is not a known key"),
+        ([BASE, "replace=lora"], "replace='lora' should be 'kan', 'mlp', 'restart' or 'none'"),
+        ([BASE, "hidden=mach"], "hidden='mach' should be "),
+        ([BASE, "study=a/b"], "study='a/b' should match pattern"),
+        ([BASE, "label=.."], "label='..' should match pattern"),
+        (["scratch=llama_tiny"], "data.tokenizer.name=null must name a tokenizer"),
+        ([BASE, "+scratch.hidden_size=8", "base=null", "data.tokenizer.kind=bpe"], "scratch.model"),
+    ],
+)
+def test_what_a_retrofit_refuses(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        retrofit(*words)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert ";" in str(error.value), "an error names a remedy"
+
+
+def test_a_given_inner_width_needs_no_ffn() -> None:
+    run = retrofit(BASE, "arm=restart", "replace=mlp", "hidden=48")
+    assert (run.replace, run.hidden, run.ffn) == ("mlp", 48, None)
+
+
+def test_names_of_retrofits() -> None:
+    words = ["study=s", "base=/some/where/tiny"]
+    assert retrofit(*words, "seed=3").run_name == "s/kan-seed3"
+    assert retrofit(*words, "label=wide").run_name == "s/wide-seed0"
+    assert retrofit(*words, "arm=untouched", "seed=3").run_name == "s/untouched"
+    assert retrofit(*words, "name=mine").run_name == "mine"
+    outside = retrofit("base=/some/where/tiny")
+    assert outside.run_name.startswith("tiny-kan-smol_smoltalk-")
+    scratch = retrofit("scratch=llama_tiny", "arm=pretrain", "data.tokenizer.kind=bpe")
+    assert scratch.run_name.startswith("llama-pretrain-smol_smoltalk-")
+
+
+def test_a_retrofit_is_named_after_what_decides_its_result() -> None:
+    name = retrofit(BASE).run_name
+    same = ["evaluation.limit=3", "backend=reference", "price=cpu", "checkpoint.every=7"]
+    assert [retrofit(BASE, word).run_name for word in same] == [name] * len(same)
+    other = ["seed=1", "last=4", "ffn.degree=3", "embeddings=frozen", "warm_start.tokens=64"]
+    names = {retrofit(BASE, word).run_name for word in other}
+    assert len(names | {name}) == len(other) + 1
+    untouched = {retrofit(BASE, "arm=untouched", f"seed={seed}").run_name for seed in (0, 1)}
+    assert len(untouched) == 1, "nothing trains: all seeds are one run"
+
+
+def test_a_saved_retrofit_is_read_back(tmp_path: Path) -> None:
+    scratch = ["scratch=smollm2_135m", "data.tokenizer.kind=bpe"]
+    for words in (["arm=kan_sequence"], ["arm=matched"], ["arm=restart"], scratch):
+        given = [] if words is scratch else [BASE]
+        run = retrofit(*given, *words, "blocks=[0,-1]", "last=null", "+evaluation.limits.bbh=3")
+        write_config(tmp_path / "config.yaml", run)
+        assert retrofit_of(read_yaml(str(tmp_path / "config.yaml"))) == run
+
+
+def test_a_sweep_looks_at_what_its_experiment_sweeps() -> None:
+    points = sweep_points("retrofit", ["experiment=kallm", "seed=0,1"])
+    assert len(points) == 7 * 2
+    assert ["arm=untouched", "experiment=kallm", "seed=0"] in points
+    points = sweep_points("retrofit", ["experiment=kallm", "arm=kan,restart"])
+    assert points == [["experiment=kallm", f"arm={arm}"] for arm in ("kan", "restart")]
