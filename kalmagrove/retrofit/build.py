@@ -19,7 +19,7 @@ from kalmagrove.retrofit.fit import FitReport, RowBatches, calibrate, fit
 from kalmagrove.retrofit.freeze import Trainable, freeze
 from kalmagrove.retrofit.mlp import INIT_STD, SwiGLU, matching_hidden
 from kalmagrove.retrofit.model import LanguageModel
-from kalmagrove.retrofit.structure import Structure, find
+from kalmagrove.retrofit.structure import RECORD, Structure, find
 from kalmagrove.retrofit.swap import Swapped, swap
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,9 @@ def build(
         CheckpointError: the base cannot be read.
     """
     inner, notes = open_base(run, vocabulary)
+    if run.replace != "none" and getattr(inner.config, RECORD, None) is not None:
+        rule, remedy = "is retrofitted already", "use replace=none to train it on, or its own base"
+        raise ConfigError("base", run.base, rule, remedy)
     structure = find(inner)
     chosen: tuple[int, ...] = ()
     if run.replace != "none" or run.train == "blocks":

@@ -80,6 +80,9 @@ def said(place: Path) -> dict[str, str]:
     for stage in (1, 2, 3):
         for kind, words in KINDS.items():
             both[f"{kind}-{stage}"] = {"words": [*words, f"zero.stage={stage}"]}
+    both["tied-3"]["words"] += ["engine.activation_checkpointing=true"]
+    bf16 = [*KINDS["frozen"], "zero.stage=2", "engine.precision=bf16"]
+    both |= {"bf16-2": {"words": bf16}, "bf16-2-2": {"words": bf16, "start": "bf16-2"}}
     for kind, first, then in (
         ("frozen", 2, 2),
         ("frozen", 3, 3),
@@ -134,12 +137,18 @@ def test_two_processes_train_as_one(said: Any, place: Path, kind: str, stage: in
         assert summaries[0][key] == summaries[1][key], key
 
 
-@pytest.mark.parametrize("name", ["frozen-2-2", "frozen-3-3", "tied-3-3"])
+@pytest.mark.parametrize("name", ["frozen-2-2", "frozen-3-3", "tied-3-3", "bf16-2-2"])
 def test_resumed_is_bit_for_bit(said: Any, place: Path, name: str) -> None:
     whole, part = place / "two" / name.rpartition("-")[0], place / "two" / name
     assert steps(part) == steps(whole)[3:]
     written = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, part)]
     assert written[0] == written[1]
+
+
+def test_bf16_trains_alike(said: Any, place: Path) -> None:
+    close(steps(place / "two" / "bf16-2"), steps(place / "one" / "frozen"), 2e-2)
+    written = load_file(place / "two" / "bf16-2" / "model" / "model.safetensors")
+    assert {value.dtype for value in written.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", ["frozen-2-3", "tied-3-1"])

@@ -16,7 +16,10 @@ ALLOWED = {
     "nn": {"config", "parallel", "kernels"},
     "retrofit": {"config", "data", "parallel", "nn", "kernels"},
     "engine": {"config", "parallel", "nn", "track"},
-    "evaluate": {"config", "data", "parallel", "nn", "engine", "track", "retrofit"},
+    "evaluate": {
+        *("config", "data", "parallel", "nn", "engine", "track"),
+        *("retrofit", "kernels"),
+    },
     "bench": {"config", "parallel", "nn", "engine", "track", "kernels"},
     "cli": {
         *("config", "data", "parallel", "nn", "engine", "track"),

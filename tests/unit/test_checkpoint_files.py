@@ -23,6 +23,7 @@ from kalmagrove.engine.checkpoint_files import (
     step_folder,
     write_json,
 )
+from kalmagrove.engine.engine import frozen_digest
 from kalmagrove.engine.tensor_files import FileWriter, Stored, TensorReader, write_tensors
 
 pytestmark = pytest.mark.unit
@@ -214,3 +215,58 @@ def test_weights_of_nothing_and_of_another_model(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 3)
     load_weights(tmp_path, model)
     assert torch.equal(model.weight, torch.ones(3, 2))
+
+
+RETROFIT = {
+    "arm": "kan",
+    "base": "a",
+    "scratch": None,
+    "last": 5,
+    "blocks": None,
+    "replace": "kan",
+    "ffn": {"kind": "family", "degree": 2},
+    "embeddings": "tied",
+    "warm_start": {"tokens": None},
+    **{key: RUN[key] for key in ("optim", "data", "steps")},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"ffn": {"kind": "family", "degree": 3}}, ["ffn.degree: checkpoint 2, run 3"]),
+        ({"last": None, "blocks": [1]}, ["last: checkpoint 5, run null"]),
+        ({"embeddings": "frozen", "base": "b"}, ["base: checkpoint a, run b"]),
+        ({"arm": "other", "warm_start": {"tokens": 9}, "steps": 20}, []),
+    ],
+)
+def test_a_retrofit_is_compared_by_what_its_model_is(
+    change: dict[str, Any], expected: list[str]
+) -> None:
+    saved = {**HERE, "run": RETROFIT, "frozen": "123"}
+    found = differences(saved, {**saved, "run": {**RETROFIT, **change}})
+    assert found[: len(expected)] == expected
+    assert bool(found) == bool(expected)
+
+
+def test_weights_that_do_not_train_must_be_the_same() -> None:
+    saved = {**HERE, "frozen": "123"}
+    assert differences(saved, {**HERE, "frozen": "123"}) == []
+    for other in ("124", None):
+        [line] = differences(saved, {**HERE, "frozen": other})
+        assert line == "the weights that do not train differ (has the base model changed?)"
+    assert differences(HERE, {**HERE, "frozen": None}) == [], "of a version that knew none"
+
+
+def test_the_digest_of_frozen_weights_is_of_names_and_values() -> None:
+    def digest(names: str = "ab", value: float = 1.0, dtype: torch.dtype = torch.float32) -> Any:
+        model = torch.nn.ParameterDict({name: torch.ones(3, dtype=dtype) for name in names})
+        for parameter in model.values():
+            parameter.requires_grad_(False)
+        torch.nn.init.constant_(model[names[0]], value)
+        model["trains"] = torch.nn.Parameter(torch.randn(2))
+        return frozen_digest(model)
+
+    assert digest() == digest() == digest(dtype=torch.bfloat16)
+    assert len({digest(), digest("ac"), digest(value=2.0), digest("a")}) == 4
+    assert frozen_digest(torch.nn.Linear(2, 2)) is None

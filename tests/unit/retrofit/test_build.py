@@ -199,6 +199,15 @@ def test_a_base_that_cannot_be_read(name: str, monkeypatch: pytest.MonkeyPatch) 
         build(run_of(f"base={name}"), 10)
 
 
+def test_kernels_that_cannot_run_are_refused(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match=r"^backend=triton is not available: .*; use auto"):
+        build(run_of(base, "last=1", "backend=triton"), VOCAB)
+    built = build(run_of(base, "last=1", "arm=kan_sequence"), VOCAB)
+    backends = {part.backend for part in built.inner.modules() if hasattr(part, "backend")}
+    assert backends == {"reference"}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("arm", ["matched", "kan", "kan_parallel", "kan_sequence", "restart"])
 def test_what_is_saved_is_loaded(base: str, arm: str, tmp_path: Path) -> None:
@@ -211,6 +220,16 @@ def test_what_is_saved_is_loaded(base: str, arm: str, tmp_path: Path) -> None:
         got = read(tmp_path / "model")
         assert torch.equal(got(ids_BT).logits, wanted)
         assert type(find(got).feed_forwards()[3]) is type(find(built.inner).feed_forwards()[3])
+
+
+def test_a_retrofitted_base_is_trained_on_but_not_replaced_again(base: str, tmp_path: Path) -> None:
+    save(build(run_of(base, "last=1", "ffn.hidden=12"), VOCAB).inner, tmp_path)
+    own = f"base={tmp_path}"
+    for arm in ("kan", "matched", "restart"):
+        with pytest.raises(ConfigError, match=r"is retrofitted already; use replace=none"):
+            build(run_of(own, "last=1", f"arm={arm}"), VOCAB)
+    built = build(run_of(own, "last=1", "arm=finetuned"), VOCAB)
+    assert built.trainable.parts["feed_forward"] == KAN
 
 
 def test_a_warm_start_imitates(base: str) -> None:
