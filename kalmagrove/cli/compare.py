@@ -21,7 +21,7 @@ usage: kalmagrove compare FOLDER [--suite NAME] [--reference ARM] [--pair ARM:AR
   --seed N         of the bootstrap (0)
 
 Prints the table, and writes comparison.md and comparison.json into FOLDER. Unfinished runs are left
-out and named.
+out and named; all arms need the same seeds.
 """
 
 

@@ -25,7 +25,7 @@ from kalmagrove.cli.session import (
     set_up_logging,
 )
 from kalmagrove.config import ConfigError, KalmaGroveError, Suite
-from kalmagrove.config.retrofit_run import Retrofit, retrofit_of
+from kalmagrove.config.retrofit_run import Retrofit, WarmStart, retrofit_of
 
 if TYPE_CHECKING:
     import torch
@@ -90,9 +90,12 @@ def _start(run: Retrofit, in_sweep: bool) -> int:
 
 
 def _finished(folder: Path, run: Retrofit) -> bool:
-    """Whether `run` is trained and evaluated; ConfigError if another one was."""
-    trained = run.train == "none" or run_folder.finished(folder, run) is not None
-    return trained and run.checkpoint.resume != "never" and (folder / RESULT).exists()
+    """Whether `run` is trained and evaluated as it says; ConfigError if another one was trained."""
+    if run.checkpoint.resume == "never" or not (folder / RESULT).is_file():
+        return False
+    run_folder.same_settings(folder, run)
+    evaluated = json.loads((folder / RESULT).read_text()).get("evaluation")
+    return bool(evaluated == run.evaluation.model_dump(mode="json"))
 
 
 def _already(folder: Path) -> int:
@@ -110,7 +113,6 @@ def retrofit_on_this_rank(composed: Retrofit, stay: bool = False) -> int:
     from kalmagrove.data import prepare
     from kalmagrove.engine import connect, disconnect
     from kalmagrove.parallel import Groups
-    from kalmagrove.retrofit.build import build
 
     began = time.monotonic()
     set_up_logging()
@@ -124,16 +126,8 @@ def retrofit_on_this_rank(composed: Retrofit, stay: bool = False) -> int:
     folder, summary = claim(composed, groups)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    sample = _sample(prepared, composed) if summary is None and composed.warm_start.tokens else []
-    if summary is None:
-        built = build(composed, prepared.tokenizer.size, sample, device)
-        by_main(groups, lambda: _report(folder, composed, built, prepared))
-        if composed.train == "none":
-            by_main(groups, lambda: run_folder.settle(folder, composed, prepared.tokenizer))
-            by_main(groups, lambda: _export(folder, built.inner, None, composed))
-        else:
-            _train(composed, folder, groups, prepared, built, began if stay else None)
-        del built
+    if summary is None or by_main(groups, lambda: _reclaim(folder)):
+        _make(composed, folder, groups, prepared, began if stay else None)
         gc.collect()  # DeepSpeed's engine refers to itself; its memory is needed
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -155,6 +149,37 @@ def _without_bars() -> None:
     logging.disable_progress_bar()
 
 
+def _reclaim(folder: Path) -> bool:
+    """Whether a trained run's model is missing: it was stopped before that was written."""
+    from kalmagrove.retrofit.build import model_folder
+
+    if (model_folder(folder) / "config.json").is_file():
+        return False
+    run_folder.claim(folder)
+    return True
+
+
+def _make(
+    run: Retrofit, folder: Path, groups: "Groups", prepared: "Prepared", started: float | None
+) -> None:
+    """Build, train and save the model; `started`: when the run began, None: with this process."""
+    from kalmagrove.engine import find_checkpoints
+    from kalmagrove.retrofit.build import build
+
+    begun = by_main(groups, lambda: bool(find_checkpoints(folder)))
+    warm = run.warm_start.tokens is not None and not begun  # else the checkpoint has the weights
+    given = run if warm else run.model_copy(update={"warm_start": WarmStart()})
+    sample = _sample(prepared, run) if warm else []
+    built = build(given, prepared.tokenizer.size, sample, groups.device)
+    if not begun:
+        by_main(groups, lambda: _report(folder, run, built))
+    if run.train == "none":
+        by_main(groups, lambda: run_folder.settle(folder, run, prepared.tokenizer))
+        by_main(groups, lambda: _export(folder, built.inner, None))
+    else:
+        _train(run, folder, groups, prepared, built, started)
+
+
 def _sample(prepared: "Prepared", run: Retrofit) -> "list[torch.Tensor]":
     """The first rows of the training data, for a warm start."""
     from kalmagrove.data import build_batches
@@ -165,7 +190,7 @@ def _sample(prepared: "Prepared", run: Retrofit) -> "list[torch.Tensor]":
     return [next(batches)["tokens"] for _ in range(-(-rows // run.batch.micro))]
 
 
-def _report(folder: Path, run: Retrofit, built: "Built", prepared: "Prepared") -> None:
+def _report(folder: Path, run: Retrofit, built: "Built") -> None:
     """Say what was done to the model, and keep it."""
     trainable = built.trainable
     fits = {str(number): asdict(fit) for number, fit in built.fits.items()}
@@ -225,12 +250,10 @@ def _train(
     by_main(groups, lambda: run_folder.settle(folder, run, prepared.tokenizer))
     fit(engine, batches, held_out, meters, state, run)
     weights = whole_weights(engine)
-    by_main(groups, lambda: _export(folder, built.inner, weights, run))
+    by_main(groups, lambda: _export(folder, built.inner, weights))
 
 
-def _export(
-    folder: Path, inner: Any, weights: "dict[str, torch.Tensor] | None", run: Retrofit
-) -> None:
+def _export(folder: Path, inner: Any, weights: "dict[str, torch.Tensor] | None") -> None:
     """The model with its tokenizer under `model/`, whole or not at all."""
     from kalmagrove.retrofit import save
     from kalmagrove.retrofit.build import adopt, model_folder
@@ -264,7 +287,7 @@ def _evaluate(
             out=folder / "evaluation" / suite.name,
             price=run.price,
             group=groups.world,
-            limit=wanted.limits.get(suite.name, wanted.limit),
+            limit=(wanted.limits or {}).get(suite.name, wanted.limit),
             chat=wanted.chat,
             batch_tokens=wanted.batch_tokens,
             precision=run.engine.precision,
@@ -329,6 +352,7 @@ def _write_result(folder: Path, run: Retrofit, summary: dict[str, Any]) -> None:
         "tokens": summary.get("tokens", 0),
         "commit": summary.get("commit"),
         "versions": summary.get("versions"),
+        "evaluation": run.evaluation.model_dump(mode="json"),
     }
     partial = folder / f".{RESULT}"
     partial.write_text(json.dumps(tree, indent=1) + "\n")

@@ -125,8 +125,13 @@ def finished(folder: Path, run: Training) -> dict[str, Any] | None:
         ConfigError: if what was trained here is not `run`, naming the settings that differ.
     """
     summary = None if run.checkpoint.resume == "never" else done(folder, run)
-    if summary is None:
-        return None
+    if summary is not None:
+        same_settings(folder, run)
+    return summary
+
+
+def same_settings(folder: Path, run: Training) -> None:
+    """ConfigError if the folder's `config.yaml` is of another run, naming what differs."""
     before, now = dict(_flat(read_yaml(str(folder / CONFIG)))), dict(_flat(run.result_settings))
     wrong = [
         f"{key} was {before[key]}, is {value}"
@@ -140,7 +145,6 @@ def finished(folder: Path, run: Training) -> dict[str, Any] | None:
             f"was trained with other settings ({'; '.join(wrong[:5])})",
             "give another name or checkpoint.resume=never",
         )
-    return summary
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -28,7 +28,7 @@ class Evaluation(Section):
     tasks: tuple[str, ...] = ()  # single tasks, as in a suite; evaluated as the suite `tasks`
     files: str | None = None  # folder with the tasks' files; null: datasets of the hub
     limit: PositiveInt | None = None  # items of a task
-    limits: dict[str, PositiveInt] = Field(default_factory=dict)  # by suite, instead of `limit`
+    limits: dict[str, PositiveInt] | None = None  # by suite, instead of `limit`
     shots: NonNegativeInt | None = None
     chat: bool | Literal["auto"] = "auto"
     batch_tokens: PositiveInt | None = None

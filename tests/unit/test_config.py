@@ -329,7 +329,7 @@ def test_a_saved_retrofit_is_read_back(tmp_path: Path) -> None:
     scratch = ["scratch=smollm2_135m", "data.tokenizer.kind=bpe"]
     for words in (["arm=kan_sequence"], ["arm=matched"], ["arm=restart"], scratch):
         given = [] if words is scratch else [BASE]
-        run = retrofit(*given, *words, "blocks=[0,-1]", "last=null", "+evaluation.limits.bbh=3")
+        run = retrofit(*given, *words, "blocks=[0,-1]", "last=null", "evaluation.limits={bbh: 3}")
         write_config(tmp_path / "config.yaml", run)
         assert retrofit_of(read_yaml(str(tmp_path / "config.yaml"))) == run
 
