@@ -135,7 +135,9 @@ def open_model(name: str | Path, device: str = "auto", precision: str = "auto") 
 
 
 def _may_be_hub_name(name: str) -> bool:
-    return not name.startswith((".", "/", "~")) and name.count("/") <= 1 and name != "runs/latest"
+    from kalmagrove.retrofit.files import local_looking
+
+    return not local_looking(name) and name.count("/") <= 1 and name != "runs/latest"
 
 
 def _open_hugging_face(place: str, name: str, device: torch.device, dtype: torch.dtype) -> Subject:

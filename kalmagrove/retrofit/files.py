@@ -162,7 +162,7 @@ def load(
     if folder.is_dir():
         check_folder(folder)
         name = folder
-    elif folder.is_absolute() or str(name).startswith((".", "~")):
+    elif local_looking(str(name)):
         raise CheckpointError(f"{name} is not a folder")
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         str(name), dtype=dtype or "auto", use_safetensors=True, **kwargs
@@ -170,6 +170,12 @@ def load(
     if backend is not None:
         set_backend(model, backend)
     return model
+
+
+def local_looking(name: str) -> bool:
+    """Whether a name is a path of this machine, there or not, rather than one of the hub."""
+    folder = Path(name).expanduser()
+    return name.startswith(("/", ".", "~")) or ("/" in name and folder.parent.is_dir())
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
