@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: setup train test test-unit test-dist test-e2e test-matrix lint format wheel clean
+.PHONY: setup train test test-unit test-dist test-e2e test-slurm test-matrix test-docker lint audit format wheel clean
 
 setup: $(READY)
 
@@ -43,13 +43,31 @@ MATRIX := $(addprefix tests/dist/test_,matrix.py reshape.py attention_parallel.p
 test-matrix: $(READY)
 	KALMAGROVE_MATRIX=1 $(BIN)/python -m pytest $(MATRIX) $(ARGS)
 
+# A real Slurm of two loopback nodes, started and ended by tests/cluster/slurm.sh: needs root and Debian.
+test-slurm: $(READY)
+	KALMAGROVE_SLURM=1 $(BIN)/python -m pytest tests/cluster --durations=12 $(ARGS)
+
 test-e2e: $(READY)
 	$(BIN)/python -m pytest tests/e2e tests/golden $(ARGS)
+
+# The steps of docker/install.sh from nothing: every package is downloaded and installed once more.
+test-docker: $(READY)
+	KALMAGROVE_DOCKER=1 $(BIN)/python -m pytest tests/e2e/test_docker.py -k from_nothing --durations=1 $(ARGS)
+
+# Known vulnerabilities of the pinned packages, from a public vulnerability service. Not part of `test`, which needs no network.
+# The auditor has an environment of its own: it is not among what it looks at.
+audit:
+	@test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && \
+	  $(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }
+	@$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.lock || \
+	  { echo "make audit: not passed: what is known to be vulnerable is listed above; where it says" \
+	    "'could not be audited' or a connection failed, nothing is known, because that service was not reached" >&2; exit 1; }
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -2,7 +2,7 @@
 
 A verb composes its configuration with Hydra, validates it, and only then imports torch. Known
 failures are one line on stderr and an exit code: 2 configuration, 3 numbers not finite, 75 stopped
-and resumable, 1 anything else.
+and resumable, 76 at a cap of `budget`, 1 anything else.
 """
 
 import importlib
@@ -15,6 +15,7 @@ from kalmagrove.config import KalmaGroveError
 VERBS = {
     "train": "train a model, from scratch or from where it stopped",
     "retrofit": "put KAN feed-forwards into a pretrained model, train, evaluate",
+    "plan": "what a run would take on GPUs not rented yet, by layout",
     "prepare": "turn text into tokens on disk",
     "generate": "write text with a trained model",
     "evaluate": "score a model on benchmarks",
@@ -23,6 +24,11 @@ VERBS = {
 
 TOOLS = {  # verbs without a configuration
     "checkpoint": "inspect, verify or convert a checkpoint",
+    "report": "one HTML page about a run, or about several side by side",
+    "ledger": "show, verify or export what a run did and cost",
+    "track": "send runs to W&B, make its dashboards",
+    "jobs": "list, follow or cancel runs that were given to Slurm",
+    "doctor": "look for what may go wrong on this machine",
     "compare": "compare the arms of a study of retrofits",
     "bench": "measure kernels against their peers, or layouts against one another",
 }

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import kalmagrove
-from kalmagrove.config import ConfigError, KalmaGroveError
+from kalmagrove.config import BudgetReached, ConfigError, KalmaGroveError
 
 HYDRA_VERSION_BASE = "1.3"
 STOPPED = (75, 130)  # exit codes of a run that was asked to stop
@@ -118,6 +118,7 @@ def hydra_app(
     """Run `task(parse(tree), in_sweep)` as a Hydra application; returns its exit code.
 
     A sweep begins when all its points can be parsed, and ends with a run that is stopped or fails.
+    A run that reaches its own budget ends only itself: the exit code tells of it in the end.
     """
     flags = [word for word in argv if word.startswith("-")]
     if not flags:
@@ -133,12 +134,16 @@ def hydra_app(
     @hydra.main(str(conf_dir()), config_name, version_base=HYDRA_VERSION_BASE)
     def app(cfg: DictConfig) -> None:
         nonlocal code, failure
+        in_sweep = HydraConfig.get().mode.name == "MULTIRUN"
         try:
-            last = task(parse(to_tree(cfg)), HydraConfig.get().mode.name == "MULTIRUN")
+            last = task(parse(to_tree(cfg)), in_sweep)
         except KalmaGroveError as error:
-            failure = error
-            raise SystemExit(error.exit_code) from None
-        code = max(code, last)
+            if not (in_sweep and isinstance(error, BudgetReached)):
+                failure = error
+                raise SystemExit(error.exit_code) from None
+            print(f"kalmagrove: {error}", file=sys.stderr)
+            last = error.exit_code
+        code = max(code, last, key=lambda found: (found not in (0, BudgetReached.exit_code), found))
         if last in STOPPED:
             raise SystemExit(last)
 

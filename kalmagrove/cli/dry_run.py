@@ -1,11 +1,16 @@
 """`kalmagrove train --dry-run`: what would be trained, and what it would need. Builds nothing."""
 
+from typing import TypeVar
+
 from rich.console import Console
 from rich.table import Table
 
 from kalmagrove.cli.compose import to_yaml
-from kalmagrove.config import Run
-from kalmagrove.config.counts import parameter_table
+from kalmagrove.cli.session import path_here
+from kalmagrove.config import Model, Run
+from kalmagrove.config.counts import parameter_count, parameter_table
+
+R = TypeVar("R", bound=Run)
 
 
 def describe(run: Run, world_size: int) -> None:
@@ -13,28 +18,35 @@ def describe(run: Run, world_size: int) -> None:
     from kalmagrove.cli.launch import visible_gpus
     from kalmagrove.track import communication_estimate, flops_per_token, memory_estimate
 
-    run, vocabulary = _with_vocabulary(run)
-    precision = run.engine.precision
+    run, vocabulary = with_vocabulary(run)
+    precision, gpu = run.engine.precision, bool(visible_gpus())
     if precision == "auto":
-        precision = "bf16" if visible_gpus() else "fp32"
+        precision = "bf16" if gpu else "fp32"
+    path = path_here(run.model.backend, gpu)
     dp = run.data_parallel(world_size)
     print(to_yaml(run.model_dump(mode="json")))
     console = Console()
     console.print(_parameters(run))
-    memory = [(row.component, row.bytes) for row in memory_estimate(run, world_size, precision)]
+    memory = [
+        (row.component, row.bytes) for row in memory_estimate(run, world_size, precision, path)
+    ]
     console.print(_bytes(f"Memory of a rank, {precision}", memory, "memory, all"))
     if world_size > 1:
         rows = communication_estimate(run, world_size, precision)
         sent = [(row.kind, row.bytes) for row in rows]
         console.print(_bytes(f"Sent by a rank in a step, {precision}", sent, "sent, all"))
-    flops = flops_per_token(run.model, run.data.seq_len).training
+    flops = flops_per_token(run.model, run.data.seq_len, path)
+    repeated = run.engine.activation_checkpointing
     tokens = run.steps * run.batch.tokens
     console.print(
         f"layout         {_layout(run, world_size)}\n"
         f"tokens         {tokens:,} ({run.steps:,} steps of {run.batch.tokens:,}: "
         f"{dp} data-parallel ranks x {run.accumulation(dp)} micro-batches x "
         f"{run.batch.micro} rows of {run.data.seq_len})\n"
-        f"model FLOPs    {flops:,.0f} a token in training, {flops * tokens:.3g} in all\n"
+        f"model FLOPs    {flops.training:,.0f} a token in training (forward "
+        f"{flops.forward:,.0f}), {flops.training * tokens:.3g} in all; {_beside_twin(run)}\n"
+        f"hardware FLOPs {flops.hardware(repeated):,.0f} a token ({path}"
+        f"{', blocks computed twice' if repeated else ''})\n"
         f"vocabulary     {run.model.vocab_size:,} ({vocabulary})\n"
         f"run folder     {run.dir}/{run.run_name}",
         highlight=False,
@@ -59,7 +71,21 @@ def _bytes(title: str, rows: list[tuple[str, int]], total: str) -> Table:
     return table
 
 
-def _with_vocabulary(run: Run) -> tuple[Run, str]:
+def _beside_twin(run: Run) -> str:
+    """FLOPs per parameter, the model's and those of a dense one of as many parameters."""
+    from kalmagrove.track import dense_twin, flops_per_token
+
+    def share(model: Model) -> float:
+        return flops_per_token(model, run.data.seq_len).training / parameter_count(model).total
+
+    own, twin = share(run.model), share(dense_twin(run.model))
+    return (
+        f"{own:.2f} a parameter, a dense model of the same size {twin:.2f} ({own / twin - 1:+.0%})"
+    )
+
+
+def with_vocabulary(run: R) -> tuple[R, str]:
+    """This run with the vocabulary of its tokenizer, and where that is from."""
     tokenizer = run.data.tokenizer
     if run.model.vocab_size is not None:
         return run, "as configured"

@@ -111,7 +111,7 @@ def _device(wanted: Evaluate) -> str:
 
 def _record(wanted: Evaluate, out: Path, results: dict[str, Any]) -> None:
     """Send the figures to W&B."""
-    from kalmagrove.track.wandb_sink import WandbSink
+    from kalmagrove.track.sinks import open_sinks
 
     figures: dict[str, Any] = {"evaluate/average": results["average"]}
     for name, row in (results["tasks"] | results["groups"]).items():
@@ -119,16 +119,9 @@ def _record(wanted: Evaluate, out: Path, results: dict[str, Any]) -> None:
     if results["bits_per_byte"]:
         figures["evaluate/bits_per_byte"] = results["bits_per_byte"]["bits_per_byte"]
     kept = {key: results[key] for key in ("seconds", "dollars", "fingerprint")}
-    track = wanted.track
-    sink = WandbSink(
-        track.wandb,
-        out,
-        out.name,
-        project=track.project,
-        entity=track.entity,
-        config=wanted.model_dump(mode="json"),
-    )
-    sink.close(figures | kept)
+    track = wanted.track.model_copy(update={"tensorboard": False, "trackio": False})
+    for sink in open_sinks(track, out, out.name, wanted.model_dump(mode="json")):
+        sink.close(figures | kept)
 
 
 def _say(out: Path, results: dict[str, Any]) -> None:

@@ -58,8 +58,13 @@ def world_size(run: Training) -> int:
 
 
 def _processes_to_start(run: Training) -> int:
-    """`launch.nproc`; auto is as many GPUs as layout and batch divide over, else `cpu_nproc`."""
+    """`launch.nproc`; auto is as many GPUs as layout and batch divide over, else `cpu_nproc`.
+
+    Of a run for a cluster: auto is all its GPUs.
+    """
     wanted = run.launch.nproc
+    if run.cluster is not None:
+        return run.cluster.gpus if wanted == "auto" else wanted
     if wanted == 1:
         return 1
     gpus = visible_gpus()
@@ -95,6 +100,13 @@ def visible_gpus() -> list[str]:
     import torch
 
     return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def check_here(run: Training) -> None:
+    """ConfigError if the run is meant for a cluster, and would be started on this machine."""
+    if run.cluster is not None:
+        rule, remedy = "says where Slurm starts runs", "add -m hydra/launcher=slurm or leave it out"
+        raise ConfigError("cluster", run.cluster.name, rule, remedy)
 
 
 def launch(run: Training, nproc: int, verb: str = "train") -> int:

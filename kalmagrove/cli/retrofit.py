@@ -42,7 +42,7 @@ REPORT = "retrofit.json"  # what was replaced, and how well a warm start imitate
 def main(argv: Sequence[str]) -> int:
     """Retrofit as `argv` says (overrides, `--config FILE`); returns the exit code."""
     if any(word.partition("=")[0] == "--config" for word in argv):
-        return _start(_checked(saved_tree(list(argv))), in_sweep=False)
+        return _start(checked(saved_tree(list(argv))), in_sweep=False)
     studies: dict[str, Path] = {}
 
     def task(run: Retrofit, in_sweep: bool) -> int:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
             studies[run.study] = Path(run.dir).expanduser() / run.study
         return _start(run, in_sweep)
 
-    code = hydra_app("retrofit", argv, _checked, task)
+    code = hydra_app("retrofit", argv, checked, task)
     for folder in studies.values() if code == 0 else ():
         from kalmagrove.cli import compare
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def _checked(tree: dict[str, Any]) -> Retrofit:
+def checked(tree: dict[str, Any]) -> Retrofit:
     run = retrofit_of(tree)
     _suites(run)
     return run.check_world(launch.world_size(run))
@@ -73,6 +73,7 @@ def _start(run: Retrofit, in_sweep: bool) -> int:
             rule, remedy = "starts the processes of its runs itself", "leave out the launcher"
             raise ConfigError("argument", "-m", rule, remedy)
         return retrofit_on_this_rank(run)
+    launch.check_here(run)
     folder = run_folder.choose(run)
     if _finished(folder, run):
         return _already(folder)
@@ -124,20 +125,22 @@ def retrofit_on_this_rank(composed: Retrofit, stay: bool = False) -> int:
     groups = Groups.init(composed.parallel, device, composed.launch.timeout)
     check_same_data(composed, groups, prepared)
     folder, summary = claim(composed, groups)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    if summary is None or by_main(groups, lambda: _reclaim(folder)):
-        _make(composed, folder, groups, prepared, began if stay else None)
-        gc.collect()  # DeepSpeed's engine refers to itself; its memory is needed
+    try:
         if device.type == "cuda":
-            torch.cuda.empty_cache()
-    elif groups.is_main:
-        already_finished(folder, summary)
-    result = _evaluate(composed, folder, groups, prepared)
-    by_main(groups, lambda: _write_result(folder, composed, result))
-    if stay:
-        Groups.reset()
-    else:
+            torch.cuda.reset_peak_memory_stats()
+        if summary is None or by_main(groups, lambda: _reclaim(folder)):
+            _make(composed, folder, groups, prepared, began if stay else None)
+            gc.collect()  # DeepSpeed's engine refers to itself; its memory is needed
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        elif groups.is_main:
+            already_finished(folder, summary)
+        result = _evaluate(composed, folder, groups, prepared)
+        by_main(groups, lambda: _write_result(folder, composed, result))
+    finally:
+        if stay:  # also at a cap of the budget, after which the next run begins
+            Groups.reset()
+    if not stay:
         disconnect()
     return 0
 
@@ -241,6 +244,7 @@ def _train(
         params_total=built.trainable.total,
         params_active=built.trainable.total,
         flops_per_token=flops.training,
+        hardware_flops_per_token=flops.hardware(run.engine.activation_checkpointing),
         val_bytes_per_token=prepared.val_bytes_per_token,
         val_split_tokens=prepared.manifest.val.targets,
         baselines={"unigram_nats": prepared.unigram_nats, "bigram_nats": prepared.bigram_nats},

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kalmagrove.data import Tokenizer
 
 log = logging.getLogger(__name__)
-CONFIG, LOCK = "config.yaml", ".lock"
+CONFIG, LOCK, PLAN = "config.yaml", ".lock", "plan.json"
 # Settings of how a result is computed, not of what it is
 LAYOUT = ("parallel.", "zero.", "batch.micro", "engine.activation_checkpointing", "engine.compile")
 
@@ -97,6 +97,22 @@ def settle(folder: Path, run: Training, tokenizer: "Tokenizer") -> None:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name)
         os.replace(temporary, folder.parent / "latest")
+
+
+def write_plan(folder: Path, plan: dict[str, Any] | None) -> None:
+    """`plan.json`: what was predicted before the first step (`kalmagrove.plan.predict`), or null.
+
+    A later session leaves it as it is.
+
+    Raises:
+        ConfigError: if the folder cannot be written.
+    """
+    path = folder / PLAN
+    with _writing(folder):
+        if not path.exists():
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(plan, indent=1) + "\n")
+            os.replace(temporary, path)
 
 
 def write_config(path: Path, run: Training) -> None:

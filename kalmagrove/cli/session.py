@@ -2,6 +2,7 @@
 ranks. Used by `train` and `retrofit`.
 """
 
+import importlib.util
 import logging
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from kalmagrove.config import ConfigError, DataError, Training
 if TYPE_CHECKING:
     from kalmagrove.data import Prepared
     from kalmagrove.parallel import Groups
+    from kalmagrove.track.flops import Path as ComputePath
 
 T = TypeVar("T")
 
@@ -60,6 +62,14 @@ def check_same_data(run: Training, groups: "Groups", prepared: "Prepared") -> No
             f"{prepared.path} is {prepared.fingerprint} on rank {groups.world.rank} and {first} on "
             "rank 0; use a data.cache that all of them share"
         )
+
+
+def path_here(backend: str, gpu: bool) -> "ComputePath":
+    """What a model with `model.backend` runs on this machine."""
+    from kalmagrove.track.flops import path_of
+
+    installed = importlib.util.find_spec("triton") is not None  # as `nn.backends` looks for it
+    return path_of(backend if installed else "reference", gpu)
 
 
 def claim(run: Training, groups: "Groups") -> tuple[Path, dict[str, Any] | None]:

@@ -15,6 +15,7 @@ from kalmagrove.cli.session import (
     by_main,
     check_same_data,
     claim,
+    path_here,
     saved_tree,
     set_up_logging,
 )
@@ -33,11 +34,11 @@ def main(argv: Sequence[str]) -> int:
     words = [word for word in argv if word != "--dry-run"]
     dry_run = len(words) < len(argv)
     if any(word.partition("=")[0] == "--config" for word in words):
-        return _start(_checked(saved_tree(words)), dry_run, in_sweep=False)
-    return hydra_app("train", words, _checked, lambda run, sweep: _start(run, dry_run, sweep))
+        return _start(checked(saved_tree(words)), dry_run, in_sweep=False)
+    return hydra_app("train", words, checked, lambda run, sweep: _start(run, dry_run, sweep))
 
 
-def _checked(tree: dict[str, Any]) -> Run:
+def checked(tree: dict[str, Any]) -> Run:
     run = load(tree)
     return run.check_world(launch.world_size(run))
 
@@ -54,6 +55,7 @@ def _start(run: Run, dry_run: bool, in_sweep: bool) -> int:
             rule, remedy = "starts the processes of its runs itself", "leave out the launcher"
             raise ConfigError("argument", "-m", rule, remedy)
         return train_on_this_rank(run)
+    launch.check_here(run)
     folder = run_folder.choose(run)
     summary = run_folder.finished(folder, run)
     if summary is not None:
@@ -101,6 +103,7 @@ def train_on_this_rank(composed: Run) -> int:
     meters = _meters(run, folder, groups, prepared)
     state = resume(engine, batches, meters, run, folder)
     by_main(groups, lambda: run_folder.settle(folder, composed, prepared.tokenizer))
+    by_main(groups, lambda: run_folder.write_plan(folder, _plan(run, groups)))
     outcome = fit(engine, batches, held_out, meters, state, run)
     if groups.is_main:
         del engine, model, meters, batches  # their memory may be needed
@@ -113,6 +116,8 @@ def _meters(run: Run, folder: Path, groups: "Groups", prepared: "Prepared") -> "
     from kalmagrove.config.counts import parameter_count
     from kalmagrove.track import build_meters, flops_per_token
 
+    path = path_here(run.model.backend, groups.device.type == "cuda")
+    flops = flops_per_token(run.model, run.data.seq_len, path)
     count = parameter_count(run.model)
     return build_meters(
         run,
@@ -120,7 +125,8 @@ def _meters(run: Run, folder: Path, groups: "Groups", prepared: "Prepared") -> "
         groups,
         params_total=count.total,
         params_active=count.active,
-        flops_per_token=flops_per_token(run.model, run.data.seq_len).training,
+        flops_per_token=flops.training,
+        hardware_flops_per_token=flops.hardware(run.engine.activation_checkpointing),
         val_bytes_per_token=prepared.val_bytes_per_token,
         val_split_tokens=prepared.manifest.val.targets,
         baselines={
@@ -128,6 +134,16 @@ def _meters(run: Run, folder: Path, groups: "Groups", prepared: "Prepared") -> "
             "bigram_nats": prepared.bigram_nats,
         },
     )
+
+
+def _plan(run: Run, groups: "Groups") -> dict[str, Any] | None:
+    import torch
+
+    from kalmagrove.plan import predict
+
+    gpu = groups.device.type == "cuda"
+    name = torch.cuda.get_device_name(groups.device) if gpu else None
+    return predict(run, name, groups.world.size)
 
 
 def _show_sample(run: Run, checkpoint: Path) -> None:

@@ -1,7 +1,9 @@
 """Typed, validated description of a run. Imports nothing of the project; everything imports it."""
 
+from kalmagrove.config.cluster import Cluster, Slurm
 from kalmagrove.config.data import Data, Source, Tokenizer
 from kalmagrove.config.errors import (
+    BudgetReached,
     CheckpointError,
     ConfigError,
     DataError,
@@ -24,8 +26,10 @@ from kalmagrove.config.model import (
     MoE,
     Softmax,
 )
+from kalmagrove.config.plan import Plan
 from kalmagrove.config.run import (
     Batch,
+    Budget,
     Checkpoint,
     Engine,
     Eval,
@@ -33,6 +37,7 @@ from kalmagrove.config.run import (
     Optim,
     Parallel,
     Price,
+    Profile,
     Run,
     Sample,
     Schedule,
@@ -49,8 +54,11 @@ __all__ = [
     "MLA",
     "Attention",
     "Batch",
+    "Budget",
+    "BudgetReached",
     "Checkpoint",
     "CheckpointError",
+    "Cluster",
     "ConfigError",
     "Data",
     "DataError",
@@ -71,11 +79,14 @@ __all__ = [
     "NonFiniteError",
     "Optim",
     "Parallel",
+    "Plan",
     "Prepare",
     "Price",
+    "Profile",
     "Run",
     "Sample",
     "Schedule",
+    "Slurm",
     "Softmax",
     "Source",
     "Suite",

@@ -52,6 +52,13 @@ class NonFiniteError(KalmaGroveError):
     collective = True
 
 
+class BudgetReached(KalmaGroveError):
+    """A cap of `budget` is reached; the run is saved, and a higher cap continues it."""
+
+    exit_code = 76
+    collective = True
+
+
 class Interrupted(KalmaGroveError):
     """The run was asked to stop; its state is saved and the same command continues it.
 

@@ -1,13 +1,14 @@
 """From a composed configuration to a validated `Run`: the only way to get one."""
 
 import difflib
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from kalmagrove.config.base import Section
 from kalmagrove.config.errors import ConfigError
 from kalmagrove.config.run import Run
+from kalmagrove.config.secrets import refuse_secrets
 
 S = TypeVar("S", bound=Section)
 
@@ -23,6 +24,7 @@ def load(tree: dict[str, Any]) -> Run:
 
 def validate(schema: type[S], tree: dict[str, Any]) -> S:
     """Validate `tree` against `schema`, with one-line errors."""
+    refuse_secrets(tree)
     try:
         return schema.model_validate(_tuples(tree))
     except ValidationError as error:
@@ -70,6 +72,7 @@ def _fields_at(schema: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         field = here.model_fields.get(part)
         here = field.annotation if field else None
+        here = next((part for part in get_args(here) if part is not type(None)), here)  # X | None
         if not (isinstance(here, type) and issubclass(here, BaseModel)):
             return []
     return list(here.model_fields)

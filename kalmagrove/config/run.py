@@ -7,16 +7,22 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from kalmagrove.config.base import Section
+from kalmagrove.config.cluster import Cluster
 from kalmagrove.config.data import Data
 from kalmagrove.config.errors import ConfigError
 from kalmagrove.config.layout import check_layout, check_processes
 from kalmagrove.config.model import Model
+from kalmagrove.config.names import is_file_name
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # What decides how and where a run is done, but not its result.
 NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(
-        ("name", "dir", "track", "price", "launch", "checkpoint", "sample", "eval"), True
+        (
+            *("name", "dir", "track", "price", "budget", "profile", "launch", "cluster"),
+            *("checkpoint", "sample", "eval"),
+        ),
+        True,
     ),
     "data": {"cache", "workers"},
     "engine": {"threads"},
@@ -117,6 +123,11 @@ class Track(Section):
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "kalmagrove"
     entity: str | None = None
+    tags: tuple[str, ...] = ()  # of the W&B run
+    group: str | None = None  # of W&B runs; null: the folder they lie in, unless that is `runs`
+    artifacts: Literal["none", "last", "all"] = "none"  # checkpoints that W&B gets too
+    tensorboard: bool = False  # event files in RUN/tensorboard
+    trackio: bool = False  # trackio's local database
     console: Literal["auto", "live", "plain", "off"] = "auto"
 
 
@@ -130,6 +141,34 @@ class Price(Section):
     peak_tflops: PositiveFloat | None = (
         None  # of one device, dense bf16: for model-FLOPs utilisation
     )
+    usd_per_kwh: float | None = Field(None, ge=0)  # of energy; null: in the other price, or free
+    usd_per_gb_month: float | None = Field(None, ge=0)  # of the run's folder; null: not counted
+
+
+class Budget(Section):
+    """Caps of a whole run, all its sessions and lost work together; null: none.
+
+    At a cap the run is saved and ends with exit code 76; it goes on only with a higher one.
+    """
+
+    usd: PositiveFloat | None = None  # dollars
+    hours: PositiveFloat | None = None  # of wall clock, while processes run
+    tokens: PositiveInt | None = None  # trained, of the steps that lasted
+
+
+class Profile(Section):
+    """Steps that torch's profiler looks at: see `kalmagrove.engine.profile`."""
+
+    steps: tuple[PositiveInt, PositiveInt] | None = None  # first and last; null: none
+    ranks: Literal["first", "all"] = "first"  # that write a trace
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.steps and self.steps[0] > self.steps[1]:
+            steps = list(self.steps)
+            rule = "must be the first and the last step"
+            raise ConfigError("profile.steps", steps, rule, f"try {steps[::-1]}")
+        return self
 
 
 class Launch(Section):
@@ -140,6 +179,7 @@ class Launch(Section):
     cpu_nproc: PositiveInt = 2
     port: int | None = Field(None, ge=1, le=65535)  # null: a free one
     timeout: PositiveInt = 1800  # seconds a collective may wait
+    reserve: PositiveInt = 120  # seconds of a Slurm job's time that are left for saving
 
 
 class Training(Section):
@@ -161,7 +201,10 @@ class Training(Section):
     sample: Sample = Sample()
     track: Track = Track()
     price: Price
+    budget: Budget = Budget()
+    profile: Profile = Profile()
     launch: Launch = Launch()
+    cluster: Cluster | None = None  # where Slurm starts it: `-m hydra/launcher=slurm`
 
     @property
     def model_name(self) -> str:
@@ -172,7 +215,7 @@ class Training(Section):
     def _combinations(self) -> Self:
         names = {"name": self.name, "model.name": self.model_name, "data.name": self.data.name}
         for key, name in names.items():
-            if name is not None and (name in ("", ".", "..", "latest") or "/" in name):
+            if name is not None and (name == "latest" or not is_file_name(name)):
                 raise ConfigError(
                     key,
                     repr(name),
@@ -188,6 +231,14 @@ class Training(Section):
                 f"must be a multiple of data.seq_len={self.data.seq_len} x "
                 f"batch.micro={self.batch.micro} = {unit}",
                 _nearest_multiples(self.batch.tokens, unit),
+            )
+        rates = (self.price.usd_per_gpu_hour, self.price.usd_per_core_hour)
+        if self.budget.usd is not None and rates == (None, None):
+            raise ConfigError(
+                "budget.usd",
+                self.budget.usd,
+                f"needs a price, and price={self.price.name} has none",
+                "try price=cpu or price=h100, or set price.usd_per_gpu_hour to what you pay",
             )
         if self.schedule.warmup > self.steps:
             raise ConfigError(

@@ -213,7 +213,9 @@ def _from_pretrained(name: str) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(Path(name).expanduser()))
+        return transformers.AutoTokenizer.from_pretrained(
+            str(Path(name).expanduser()), trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(

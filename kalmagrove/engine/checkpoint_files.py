@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kalmagrove.config import CheckpointError
-from kalmagrove.engine.tensor_files import TensorReader
+from kalmagrove.engine.tensor_files import TensorReader, inside
 from kalmagrove.engine.tensor_index import Index, from_json, key_of
 
 FORMAT = 2
@@ -112,7 +112,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing or damaged.
         FormatError: it is of another format.
     """
-    path = folder / STATE_FILE
+    path = inside(folder, STATE_FILE)
     try:
         tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = tree["format"]
@@ -154,20 +154,23 @@ def faults(folder: Path, rank: int = 0, ranks: int = 1, *, only: str | None = No
     names = [only] if only else sorted(files)[rank::ranks]
     found = []
     for name in names:
-        if name not in files or not (folder / name).is_file():
-            found.append(f"{name} is missing")
-            continue
         try:
+            path = inside(folder, name)
+            if name not in files or not path.is_file():
+                found.append(f"{name} is missing")
+                continue
             size, total = files[name]
-            actual = (folder / name).stat().st_size
+            actual = path.stat().st_size
             if actual != size:
                 found.append(f"{name} has {actual} bytes instead of {size}")
-            elif checksum(folder / name)[1] != total:
+            elif checksum(path)[1] != total:
                 found.append(f"{name} has a wrong checksum")
         except OSError as error:
             found.append(f"{name} cannot be read: {error.strerror}")
         except (TypeError, ValueError):
             found.append(f"{STATE_FILE} does not say what {name} holds")
+        except CheckpointError as error:
+            found.append(str(error))
     return found
 
 
@@ -177,7 +180,7 @@ def read_index(folder: Path) -> Index:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    path = folder / INDEX_FILE
+    path = inside(folder, INDEX_FILE)
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from kalmagrove.engine.compat import initialize, local_weights, tag_parallel
 from kalmagrove.engine.config import deepspeed_config, resolve_precision
 from kalmagrove.engine.optim import build_optimizer
 from kalmagrove.engine.schedule import lr_factor
+from kalmagrove.engine.timer import Timer
 from kalmagrove.parallel import Groups, all_reduce_sum, any_rank, is_expert, shard_of
 
 Batch = dict[str, Any]
@@ -73,7 +74,7 @@ class Engine:
     module: the model itself. deepspeed: the DeepSpeedEngine around it. nonfinite_in_row: skipped
     steps since the last good one. nonfinite_total: since step 0. metrics: the module's after the
     last training step, and `aux_loss`, what was added to the cross-entropy. frozen: a digest of the
-    weights that do not train, None if all do.
+    weights that do not train, None if all do. timer: seconds of the phases of steps.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Engine:
         self.nonfinite_in_row = 0
         self.nonfinite_total = 0
         self.metrics: dict[str, Tensor] = {}
+        self.timer = Timer(groups.device)
         self.accumulation = run.accumulation(groups.dp.size)
         self._hyperparameters = [
             {key: value for key, value in group.items() if key != "params"}
@@ -119,17 +121,20 @@ class Engine:
         nll, aux = torch.zeros((2,), device=self.groups.device)
         for batch in batches:
             output = self.deepspeed(**self._to_device(batch))
+            self.timer.lap("forward")
             # NaN or infinity in the loss makes the factor NaN, and so every gradient, whatever the
             # graph does with it; otherwise it is exactly 1. The norm then reports both kinds of
             # failure.
             loss = output.loss.detach().float()
             factor = 1 + 0 * loss
             self.deepspeed.backward(output.loss * factor)
+            self.timer.lap("backward")
             if self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._unsharded_norm() if self.run.zero.stage == 0 else None
             self.deepspeed.step()
             nll += output.nll.float() * factor / self.accumulation
             aux += (loss - output.nll.float()) / self.accumulation
+            self.timer.lap("optimizer")
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         # Taken here, because an evaluation leaves its own in the module.
@@ -138,6 +143,7 @@ class Engine:
         self._count(norm)
         if not self.skipped:
             self.module.balance(self.groups)  # type: ignore[operator]
+        self.timer.lap("optimizer")
         return nll, norm
 
     @property

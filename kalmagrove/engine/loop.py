@@ -5,7 +5,6 @@ no price: batches are iterated, meters are told.
 """
 
 import logging
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,20 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from kalmagrove.config import CheckpointError, DataError, Interrupted, NonFiniteError, Training
+from kalmagrove.config import (
+    BudgetReached,
+    CheckpointError,
+    DataError,
+    Interrupted,
+    NonFiniteError,
+    Training,
+)
 from kalmagrove.engine.checkpoint import State, save
 from kalmagrove.engine.engine import Batch, Engine
+from kalmagrove.engine.profile import StepProfiler
 from kalmagrove.engine.refit import refit_grids
 from kalmagrove.engine.signals import StopRequest
-from kalmagrove.parallel import all_reduce_sum, barrier
+from kalmagrove.parallel import all_reduce_sum, any_rank, barrier
 from kalmagrove.track.records import GridRefit, StepRecord
 
 log = logging.getLogger(__name__)
@@ -48,6 +55,8 @@ class Observer(Protocol):
     def checkpointed(self, step: int, tokens: int, path: Path, seconds: float) -> None: ...
 
     def skipped(self, step: int, reason: str) -> None: ...
+
+    def over_budget(self) -> str | None: ...
 
     def refitted(self, step: int, tokens: int, grids: Mapping[str, GridRefit]) -> None: ...
 
@@ -89,17 +98,22 @@ def fit(
 
     Raises:
         Interrupted: SIGINT, SIGTERM or the stop file; the finished step is saved.
+        BudgetReached: a cap of `run.budget` leaves no room for a step; what is done is saved.
         NonFiniteError: `engine.max_nonfinite` steps in a row gave no finite update, or the weights
             are not finite when they are to be saved.
         CheckpointError: the last checkpoint of the run could not be written.
     """
     meters.start(state.step, state.tokens)
-    with StopRequest() as stop:  # until the end: SIGTERM must not cut off the summary
+    profiler = StepProfiler(run.profile, state.folder.parent / "profile", engine.groups)
+    # Until the end: SIGTERM must not cut off the summary.
+    with StopRequest(run.launch.reserve) as stop:
         try:
-            val_nats = _train(engine, batches, val_batches, meters, state, run, stop)
+            val_nats = _train(engine, batches, val_batches, meters, state, run, stop, profiler)
         except BaseException as error:
             _close(engine, meters, state, error)
             raise
+        finally:
+            profiler.close()
         try:
             meters.stop("done", step=state.step)
         finally:
@@ -113,6 +127,8 @@ def _close(engine: Engine, meters: Observer, state: State, error: BaseException)
     try:
         if isinstance(error, Interrupted):
             meters.stop("stopped", step=state.step)
+        elif isinstance(error, BudgetReached):
+            meters.stop("budget", step=state.step, reason=str(error))
         else:
             meters.stop("failed", step=state.step, reason=f"{type(error).__name__}: {error}")
     except Exception as problem:  # a full disk, often what `error` is about
@@ -129,29 +145,49 @@ def _train(
     state: State,
     run: Training,
     stop: StopRequest,
+    profiler: StepProfiler,
 ) -> float:
     val_nats = None
+    if state.step < run.steps:
+        spent = meters.over_budget()
+        if any_rank(spent is not None, engine.groups.world, engine.groups.device):
+            raise _over_budget(spent, state, run)
     while state.step < run.steps:
-        _step(engine, batches, meters, state, run)
+        with profiler.step(state.step + 1):
+            _step(engine, batches, meters, state, run)
         last, val_nats = state.step == run.steps, None
         if last or state.step % run.eval.every == 0:
             val_nats, val_tokens = evaluate(engine, val_batches)
             meters.evaluated(state.step, state.tokens, val_nats, val_tokens)
         if last or state.step % run.checkpoint.every == 0:
             _save(engine, batches, meters, state, must=last)
-        if not last and stop.agreed(engine.groups):
-            if state.saved != state.step:
+        if not last:
+            spent = meters.over_budget()
+            what = stop.agreed(engine.groups, spent is not None)
+            if what != "go on" and state.saved != state.step:
                 _save(engine, batches, meters, state, must=True)
-            raise Interrupted(
-                f"stopped by {stop.reason or 'another rank'} after step {state.step} of "
-                f"{run.steps}; saved in {state.newest}; {_continued_by(state, run)} continues"
-            )
+            if what == "over budget":
+                raise _over_budget(spent, state, run)
+            if what == "stop":
+                raise Interrupted(
+                    f"stopped by {stop.reason or 'another rank'} after step {state.step} of "
+                    f"{run.steps}; saved in {state.newest}; {_continued_by(state, run)} continues"
+                )
     if val_nats is None:  # resumed at the last step
         val_nats, val_tokens = evaluate(engine, val_batches)
         meters.evaluated(state.step, state.tokens, val_nats, val_tokens)
     if state.saved != state.step:
         _save(engine, batches, meters, state, must=True)
     return val_nats
+
+
+def _over_budget(spent: str | None, state: State, run: Training) -> BudgetReached:
+    """spent: what rank 0 says, the only one that knows."""
+    saved = f"saved in {state.newest}" if state.newest else "nothing to save"
+    return BudgetReached(
+        f"{spent or 'the budget is used up'}, at step {state.step} of {run.steps}; {saved}; "
+        f"{_continued_by(state, run)} with a higher cap continues"
+    )
 
 
 def _continued_by(state: State, run: Training) -> str:
@@ -161,11 +197,10 @@ def _continued_by(state: State, run: Training) -> str:
 
 
 def _step(engine: Engine, batches: Batches, meters: Observer, state: State, run: Training) -> None:
-    begun = time.perf_counter()
+    engine.timer.begin()
     micro_batches = [next(batches) for _ in range(engine.accumulation)]
-    fetched = time.perf_counter()
+    engine.timer.lap("data")
     loss, grad_norm = engine.train_step(micro_batches, state.step)
-    computed = time.perf_counter()
     lr = engine.lr(state.step)
     state.step += 1
     state.tokens += run.batch.tokens
@@ -177,7 +212,7 @@ def _step(engine: Engine, batches: Batches, meters: Observer, state: State, run:
             grad_norm=grad_norm,
             lr=lr,
             skipped=engine.skipped,
-            seconds={"data": fetched - begun, "compute": computed - fetched},
+            seconds=engine.timer.seconds,
             model_metrics=engine.metrics,
         )
     )

@@ -1,26 +1,36 @@
-"""Requests to stop: SIGINT, SIGTERM, or a file. `fit` asks after every step and all ranks agree."""
+"""Requests to stop: SIGINT, SIGTERM, a file, or the end of a Slurm job's time.
+
+`fit` asks after every step and all ranks agree.
+"""
 
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from kalmagrove.parallel import Groups, any_rank
+import torch
+
+from kalmagrove.parallel import Groups, all_reduce_max
 
 STOP_FILE_VARIABLE = "KALMAGROVE_STOP_FILE"
+END_VARIABLE = "SLURM_JOB_END_TIME"  # seconds since 1970; our batch script sets it for old Slurms
 
 
 class StopRequest:
     """While entered, the first SIGINT or SIGTERM is remembered instead of killing the process.
 
     A second SIGINT acts as usual: the process dies at once. Rank 0 also looks for the file named by
-    the environment variable KALMAGROVE_STOP_FILE, for schedulers that cannot send signals.
+    the environment variable KALMAGROVE_STOP_FILE, for schedulers that cannot send signals,
+    and stops `reserve` seconds before a Slurm job ends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reserve: float = 0.0) -> None:
         self.reason: str | None = None
+        end = os.environ.get(END_VARIABLE, "")
+        self._until = float(end) - reserve if end.isdigit() else float("inf")
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -44,9 +54,20 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGINT)
         self.reason = signal.Signals(number).name
 
-    def agreed(self, groups: Groups) -> bool:
-        """Whether any rank was asked to stop. All ranks call it and get the same answer."""
+    def agreed(
+        self, groups: Groups, over_budget: bool = False
+    ) -> Literal["go on", "stop", "over budget"]:
+        """What is to be done, if any rank was asked to stop or is told that no money is left.
+
+        All ranks call it and get the same answer.
+        """
         stop_file = os.environ.get(STOP_FILE_VARIABLE)
         if self.reason is None and stop_file and groups.is_main and Path(stop_file).exists():
             self.reason = f"the file {stop_file}"
-        return any_rank(self.reason is not None, groups.world, groups.device)
+        if self.reason is None and groups.is_main and time.time() > self._until:
+            self.reason = "the end of the job's time"
+        heard = 2 if over_budget else int(self.reason is not None)
+        if groups.world.size > 1:
+            told = torch.tensor(heard, device=groups.device)
+            heard = int(all_reduce_max(told, groups.world).item())
+        return ("go on", "stop", "over budget")[heard]

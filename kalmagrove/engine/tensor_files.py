@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kalmagrove.config import CheckpointError
+from kalmagrove.config.names import is_file_name
 
 DTYPES = {
     torch.float64: "F64",
@@ -29,6 +30,20 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file of a checkpoint, which may be from others.
+
+    Raises:
+        CheckpointError: the name leads out of the folder, or the file is a link.
+    """
+    if not is_file_name(name):
+        raise CheckpointError(f"{folder}: {name!r} leads out of the checkpoint; do not use it")
+    path = folder / name
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a link, and a checkpoint holds its own files; copy it")
+    return path
 
 
 @dataclass(frozen=True)
@@ -188,8 +203,9 @@ class TensorReader:
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
+            path = inside(self.folder, file)
             try:
-                self._open[file] = safe_open(self.folder / file, framework="pt", device="cpu")
+                self._open[file] = safe_open(path, framework="pt", device="cpu")
             except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.folder / file} cannot be read: {error}") from None
+                raise CheckpointError(f"{path} cannot be read: {error}") from None
         return self._open[file]

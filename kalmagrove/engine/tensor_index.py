@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kalmagrove.config import CheckpointError
+from kalmagrove.config.names import is_file_name
 
 WEIGHT, BUFFER = "weight", "buffer"  # kinds that are no optimizer state
 Piece = tuple[int, int, int] | None  # dimension, start, length; None: whole
@@ -81,15 +82,18 @@ def from_json(tree: dict[str, Any]) -> Index:
                 tuple(entry["shape"]),
                 tuple(entry["kinds"]),
                 entry["scalars"],
-                tuple(
-                    Part(file, None if piece is None else tuple(piece), first, numel)
-                    for file, piece, first, numel in entry["parts"]
-                ),
+                tuple(_part(*part) for part in entry["parts"]),
             )
             for name, entry in tree.items()
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's index is damaged: {error!r}") from None
+
+
+def _part(file: str, piece: Any, first: int, numel: int) -> Part:
+    if not is_file_name(file):
+        raise CheckpointError(f"the checkpoint's index names {file!r}, no file of its folder")
+    return Part(file, None if piece is None else tuple(piece), first, numel)
 
 
 def merge(indices: Iterable[Index]) -> Index:

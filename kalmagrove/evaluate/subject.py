@@ -147,7 +147,7 @@ def _open_hugging_face(place: str, name: str, device: torch.device, dtype: torch
 
     try:
         model = load_pretrained(place, dtype)
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise CheckpointError(

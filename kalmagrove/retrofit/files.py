@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kalmagrove.config.errors import CheckpointError, ConfigError
+from kalmagrove.config.names import is_file_name
 from kalmagrove.retrofit.structure import RECORD, find
 from kalmagrove.retrofit.swap import (
     ARCHITECTURE,
@@ -165,7 +166,11 @@ def load(
     elif local_looking(str(name)):
         raise CheckpointError(f"{name} is not a folder")
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        str(name), dtype=dtype or "auto", use_safetensors=True, **kwargs
+        str(name),
+        dtype=dtype or "auto",
+        use_safetensors=True,
+        trust_remote_code=False,  # without it a yes to a question runs code found there
+        **kwargs,
     )
     if backend is not None:
         set_backend(model, backend)
@@ -209,6 +214,8 @@ def check_folder(folder: Path) -> None:
     wanted = {"model.safetensors"}
     if index.is_file():
         wanted = set(json.loads(index.read_text())["weight_map"].values())
+        if outside := [file for file in wanted if not is_file_name(file)]:
+            raise CheckpointError(f"{index} names {outside[0]!r}, which is no file of its folder")
     if missing := sorted(file for file in wanted if not (folder / file).is_file()):
         raise CheckpointError(f"{folder} has no {', '.join(missing)}")
 

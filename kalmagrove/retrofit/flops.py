@@ -15,14 +15,21 @@ from kalmagrove.retrofit.structure import Structure
 
 
 class Pass(NamedTuple):
-    """FLOPs of a token."""
+    """FLOPs of a token. repeated: of the forward pass, what activation checkpointing computes again
+    (the blocks that a gradient passes).
+    """
 
     forward: float
     backward: float
+    repeated: float
 
     @property
     def training(self) -> float:
         return self.forward + self.backward
+
+    def hardware(self, checkpointing: bool) -> float:
+        """What a training step computes."""
+        return self.training + (self.repeated if checkpointing else 0.0)
 
 
 def flops_per_token(inner: Any, structure: Structure, seq_len: int) -> Pass:
@@ -36,17 +43,20 @@ def flops_per_token(inner: Any, structure: Structure, seq_len: int) -> Pass:
     width = heads * (getattr(config, "head_dim", None) or structure.width // heads)
     attention = 4.0 * width * (seq_len + 1) / 2
     lowest = lowest_block(structure)
-    forward = backward = 0.0
+    forward = backward = repeated = 0.0
     for number, block in enumerate(structure.blocks):
         found = list(maps(block))
-        forward += sum(own.flops for own in found) + attention
+        block_forward = sum(own.flops for own in found) + attention
+        forward += block_forward
         if lowest is not None and number >= lowest:
             weights = sum(own.flops for own in found if own.trains)
+            repeated += block_forward
             backward += sum(own.input_flops for own in found) + weights + 2 * attention
     head: Any = structure.head.weight
     logits = 2.0 * head.numel()
     passes = logits if lowest is not None or head.requires_grad else 0.0
-    return Pass(forward + logits, backward + passes + logits * bool(head.requires_grad))
+    backward += passes + logits * bool(head.requires_grad)
+    return Pass(forward + logits, backward, repeated)
 
 
 def lowest_block(structure: Structure) -> int | None:

@@ -2,7 +2,8 @@
 
 from kalmagrove.track.communication import communication_estimate
 from kalmagrove.track.cost import Cost, Spent, show_usd
-from kalmagrove.track.flops import Flops, flops_per_token
+from kalmagrove.track.devices import peak_tflops
+from kalmagrove.track.flops import Flops, dense_twin, flops_per_token, path_of
 from kalmagrove.track.ledger import History, Ledger, read_history
 from kalmagrove.track.memory import memory_estimate
 from kalmagrove.track.meters import Meters, build_meters
@@ -20,8 +21,11 @@ __all__ = [
     "StepRecord",
     "build_meters",
     "communication_estimate",
+    "dense_twin",
     "flops_per_token",
     "memory_estimate",
+    "path_of",
+    "peak_tflops",
     "read_history",
     "results_table",
     "show_usd",

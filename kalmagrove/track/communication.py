@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kalmagrove.config import Run
+from kalmagrove.config import Model, Run
 from kalmagrove.config.counts import ada_head_dim, edge_size, head_ranks, held_parameters
 
 INDEX, FLOAT, INT = 8, 4, 4  # bytes of an int64, a fp32 and an int32
@@ -80,14 +80,25 @@ def zero_bytes(run: Run, processes: int, size: int) -> tuple[float, float]:
     and 2 gather the updated parameters. Stage 3 gathers parameters for the forward and for the
     backward pass of every micro-batch, and reduce-scatters its gradients.
     """
+    dense, routed = zero_bytes_apart(run, processes, size)
+    return dense[0] + routed[0], dense[1] + routed[1]
+
+
+def zero_bytes_apart(
+    run: Run, processes: int, size: int
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """`zero_bytes` of the dense parameters, and of groves or experts, which other ranks share."""
     layout, stage = run.parallel, run.zero.stage
     held = held_parameters(run.model, layout.tp, layout.ep)
-    pairs = ((held.dense, processes // layout.tp), (held.routed, processes // layout.ep))
-    once = sum(size * held * _others(ranks) for held, ranks in pairs)
     steps = run.accumulation(run.data_parallel(processes))
-    if stage == 3:
-        return steps * once, steps * 2 * once
-    return 2 * once * (steps if stage == 2 else 1), once if stage else 0.0
+
+    def of(parameters: int, ranks: int) -> tuple[float, float]:
+        once = size * parameters * _others(ranks)
+        if stage == 3:
+            return steps * once, steps * 2 * once
+        return 2 * once * (steps if stage == 2 else 1), once if stage else 0.0
+
+    return of(held.dense, processes // layout.tp), of(held.routed, processes // layout.ep)
 
 
 def ranks_reached(parts: int, chosen: int, ranks: int) -> float:
@@ -98,6 +109,14 @@ def ranks_reached(parts: int, chosen: int, ranks: int) -> float:
     """
     avoided = math.comb(parts - parts // ranks, chosen) / math.comb(parts, chosen)
     return (ranks - 1) * (1 - avoided)
+
+
+def routed_parts(model: Model, layer: int) -> tuple[int, int] | None:
+    """Groves or experts of a layer, and how many a token chooses; None: it has none."""
+    kind, ffn = model.ffn_kind(layer), model.ffn
+    if kind == "grove":
+        return ffn.grove.groves, ffn.grove.top_g
+    return (ffn.moe.experts, ffn.moe.top_k) if kind == "moe" else None
 
 
 def _others(ranks: int) -> float:
@@ -266,12 +285,10 @@ class _Routed:
 
     def layer(self, layer: int) -> Sent:
         model, parallel = self.run.model, self.run.parallel
-        kind, ep = model.ffn_kind(layer), parallel.ep
-        if kind not in ("moe", "grove") or ep == 1:
+        routed, ep = routed_parts(model, layer), parallel.ep
+        if routed is None or ep == 1:
             return NOTHING
-        parts, chosen = model.ffn.moe.experts, model.ffn.moe.top_k
-        if kind == "grove":
-            parts, chosen = model.ffn.grove.groves, model.ffn.grove.top_g
+        parts, chosen = routed
         tokens = self.run.batch.micro * self.run.data.seq_len / parallel.cp / parallel.tp
         rows = tokens * ranks_reached(parts, chosen, ep)
         counts = (ep - 1) * (1 + parts // ep) * INDEX

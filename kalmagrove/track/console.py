@@ -17,7 +17,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from kalmagrove.track.budget import show
 from kalmagrove.track.cost import show_usd
+from kalmagrove.track.stragglers import straggler_text
 
 Mode = Literal["auto", "live", "plain", "off"]
 
@@ -155,6 +157,8 @@ def plain_line(line: Mapping[str, Any], steps: int) -> str:
             return f"{at}skipped: {line['reason']}"
         case "refit":
             return at + _refit(line["grids"])
+        case "budget":
+            return at + _budget(line)
         case "resume" | "start":
             return at + _session(line)
         case _:
@@ -178,6 +182,8 @@ def _step_parts(line: Mapping[str, Any]) -> list[str]:
         parts.append(f"load cv {line['load_cv']:.2f}")
     if has(line, "out of range"):
         parts.append(f"out {line['out_of_range']:.1%}")
+    if slow := straggler_text(line):
+        parts.append(slow)
     return parts
 
 
@@ -186,6 +192,16 @@ def _session(line: Mapping[str, Any]) -> str:
     text = f"{verb} on {line['devices']} {line['unit']}s, price {line['price']}"
     if line["lost_steps"]:
         text += f"; {line['lost_steps']} steps since the last checkpoint were lost and are paid for"
+    return text
+
+
+def _budget(line: Mapping[str, Any]) -> str:
+    cap = line["cap"]
+    text = f"{line['share']:.0%} of budget.{cap}={line['limit']:.12g} used"
+    if line["whole"] is not None:
+        text += f"; the whole run takes {show(cap, line['whole'])}"
+    if cap != "tokens" and line["low"] is not None:
+        text += f" (90%: {show(cap, line['low'])} to {show(cap, line['high'])})"
     return text
 
 

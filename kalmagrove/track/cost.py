@@ -8,20 +8,28 @@ import os
 import time
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
 from typing import Literal, Self
 
 from kalmagrove.config import Price
 
 CENT = Decimal("0.01")
+KWH = 3_600_000  # joules
+GB_MONTH = Decimal(10**9) * 2_629_746  # byte-seconds; a month is a twelfth of the Gregorian year
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the run occupies: `devices` GPUs or cores, each at a price an hour (None: unknown)."""
+    """What the run occupies: `devices` GPUs or cores, each at a price an hour (None: unknown).
+
+    Energy and storage have prices of their own if they are not in that one (None: they are).
+    """
 
     devices: int
     unit: Literal["gpu", "core"]
     usd_per_device_hour: float | None
+    usd_per_kwh: float | None = None
+    usd_per_gb_month: float | None = None
 
     @classmethod
     def of(cls, price: Price, device_type: str, world_size: int, threads: int) -> Self:
@@ -31,18 +39,28 @@ class Cost:
             device_type: of the ranks' torch device; "cpu" is charged by the core, else by the GPU.
             threads: CPU threads, summed over all ranks; used on CPU only.
         """
+        others = (price.usd_per_kwh, price.usd_per_gb_month)
         if device_type == "cpu":
-            return cls(threads, "core", price.usd_per_core_hour)
-        return cls(world_size, "gpu", price.usd_per_gpu_hour)
+            return cls(threads, "core", price.usd_per_core_hour, *others)
+        return cls(world_size, "gpu", price.usd_per_gpu_hour, *others)
 
     def device_seconds(self, wall_seconds: float) -> float:
         return wall_seconds * self.devices
 
-    def usd(self, device_seconds: float) -> Decimal | None:
-        """Dollars of `device_seconds`, unrounded; None if the price is unknown."""
+    def usd(
+        self, device_seconds: float, joules: float | None = 0.0, byte_seconds: float = 0.0
+    ) -> Decimal | None:
+        """Dollars, unrounded; None if the price is unknown, or energy has one and is unknown."""
         if self.usd_per_device_hour is None:
             return None
-        return Decimal(str(self.usd_per_device_hour)) * Decimal(str(device_seconds)) / 3600
+        usd = Decimal(str(self.usd_per_device_hour)) * Decimal(str(device_seconds)) / 3600
+        if self.usd_per_kwh is not None:
+            if joules is None:
+                return None
+            usd += Decimal(str(self.usd_per_kwh)) * Decimal(str(joules)) / KWH
+        if self.usd_per_gb_month is not None:
+            usd += Decimal(str(self.usd_per_gb_month)) * Decimal(str(byte_seconds)) / GB_MONTH
+        return usd
 
 
 @dataclass(frozen=True)
@@ -51,13 +69,36 @@ class Spent:
 
     device_seconds: float = 0.0
     usd: Decimal | None = Decimal(0)  # None once any part had no price
+    wall_seconds: float = 0.0
 
-    def plus(self, cost: Cost, wall_seconds: float) -> "Spent":
+    def plus(
+        self,
+        cost: Cost,
+        wall_seconds: float,
+        joules: float | None = 0.0,
+        byte_seconds: float = 0.0,
+    ) -> "Spent":
         """After `wall_seconds` more. A part without a price makes the sum unknown."""
         seconds = cost.device_seconds(wall_seconds)
-        more = cost.usd(seconds)
+        more = cost.usd(seconds, joules, byte_seconds)
         usd = None if self.usd is None or more is None else self.usd + more
-        return Spent(self.device_seconds + seconds, usd)
+        return Spent(self.device_seconds + seconds, usd, self.wall_seconds + wall_seconds)
+
+
+class Stored:
+    """Byte-seconds of the files in a folder, by their sizes at the last look."""
+
+    def __init__(self, folder: Path, now: float) -> None:
+        self._folder, self._since = folder, now
+        self._sum, self.bytes = 0.0, 0
+
+    def look(self, now: float) -> None:
+        self._sum, self._since = self.byte_seconds(now), now
+        files = (path for path in self._folder.rglob("*") if not path.is_symlink())
+        self.bytes = sum(path.stat().st_size for path in files if path.is_file())
+
+    def byte_seconds(self, now: float) -> float:
+        return self._sum + self.bytes * (now - self._since)
 
 
 def show_usd(amount: Decimal | float | None) -> str:

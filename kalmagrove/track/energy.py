@@ -1,14 +1,18 @@
-"""Energy that this rank's GPU has used, by NVML's counter.
+"""Energy of this rank's GPU, by NVML's counter (pynvml, of the extra `gpu`); of the processors of
+a machine without GPUs, by RAPL's.
 
-Read by `Meters` whenever a ledger line is written. Needs pynvml, of the extra `gpu`.
+Read by `Meters` whenever a ledger line is written.
 """
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 Counter = Callable[[], float | None]  # joules since some moment; None: no answer
+POWERCAP = Path("/sys/class/powercap")
 
 
 class Energy:
@@ -45,5 +49,47 @@ def gpu_counter(device: torch.device) -> Counter | None:
             return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
         except pynvml.NVMLError:  # not counted by this GPU, or by part of one (MIG)
             return None
+
+    return joules
+
+
+def counter_of(device: torch.device) -> Counter | None:
+    """What counts this rank's energy: its GPU's, or its machine's processors, which the first
+    process of a machine counts for all of them.
+    """
+    if device.type == "cuda":
+        return gpu_counter(device)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return lambda: 0.0
+    return cpu_counter(POWERCAP)
+
+
+def cpu_counter(powercap: Path) -> Counter | None:
+    """RAPL's counters of all processor packages, whatever runs on them; None if not readable.
+
+    A counter begins anew at its largest value, some 260 kJ: it must be read more often than that.
+    """
+    packages = sorted(powercap.glob("intel-rapl:[0-9]")) + sorted(
+        powercap.glob("intel-rapl:[0-9][0-9]")
+    )
+    try:
+        largest = [int((package / "max_energy_range_uj").read_text()) for package in packages]
+        last = [int((package / "energy_uj").read_text()) for package in packages]
+    except (OSError, ValueError):  # root's alone, on most systems
+        return None
+    if not packages:
+        return None
+    total = 0
+
+    def joules() -> float | None:
+        nonlocal total, last
+        try:
+            now = [int((package / "energy_uj").read_text()) for package in packages]
+        except (OSError, ValueError):
+            return None
+        grown = zip(now, last, largest, strict=True)
+        total += sum(new - old if new >= old else new - old + top for new, old, top in grown)
+        last = now
+        return total / 1e6
 
     return joules

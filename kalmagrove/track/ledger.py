@@ -2,12 +2,14 @@
 
 Rank 0's `Meters` writes it; console, W&B, summary and report read from it.
 
-Every line holds `event, time, mono, step, tokens, device_seconds, usd`; the last two are cumulative
-over all sessions of the run, work that a kill threw away included. Lines are never removed: a
-session that begins at step S (event `start` or `resume`) makes the lines after S history that did
-not last.
+Every line holds `event, time, mono, step, tokens, device_seconds, wall_seconds, usd`; the last
+three are cumulative over all sessions of the run, work that a kill threw away included. Lines are
+never removed: a session that begins at step S (event `start` or `resume`) makes the lines after S
+history that did not last. A line ends with a digest of itself and the one before it, by which
+`kalmagrove ledger verify` finds what was changed later.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -21,8 +23,9 @@ from typing import Any, Literal
 
 from kalmagrove.config import KalmaGroveError
 from kalmagrove.track.cost import Spent
+from kalmagrove.track.redact import scrub
 
-Event = Literal["start", "step", "eval", "checkpoint", "skip", "refit", "resume", "stop"]
+Event = Literal["start", "step", "eval", "checkpoint", "skip", "refit", "budget", "resume", "stop"]
 Line = dict[str, Any]
 FIRST = ("start", "resume")  # the events that begin a session
 
@@ -63,7 +66,31 @@ class History:
             return Spent()
         usd = self.lines[-1]["usd"]
         amount = None if usd is None else Decimal(str(usd))
-        return Spent(self.lines[-1]["device_seconds"], amount)
+        return Spent(self.lines[-1]["device_seconds"], amount, self.wall_seconds)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of all sessions together. Lines of older versions do not tell it: it is reckoned."""
+        if not self.lines or "wall_seconds" in self.lines[-1]:
+            return self.lines[-1]["wall_seconds"] if self.lines else 0.0
+        total = before = 0.0
+        devices = 1
+        for line in self.lines:
+            devices = line.get("devices", devices)
+            total += (line["device_seconds"] - before) / devices
+            before = line["device_seconds"]
+        return total
+
+    @property
+    def goodput(self) -> float | None:
+        """Device time of the training steps that lasted, as a part of all that was paid for."""
+        lasted = {id(line) for line in self.series("step")}
+        devices, seconds, paid = 1, 0.0, self.spent.device_seconds
+        for line in self.lines:
+            devices = line.get("devices", devices)
+            if id(line) in lasted:
+                seconds += line["train_seconds"] * devices
+        return seconds / paid if paid else None
 
     @property
     def joules(self) -> float | None:
@@ -116,6 +143,7 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
         lines, good = _parse(path, content)
+        self._digest = lines[-1].get("digest", "") if lines else ""
         self._file = path.open("ab", buffering=0)  # a line is one write to the system
         if good < len(content):
             self._file.truncate(good)
@@ -136,11 +164,14 @@ class Ledger:
             "step": step,
             "tokens": tokens,
             "device_seconds": round(spent.device_seconds, 3),
+            "wall_seconds": round(spent.wall_seconds, 3),
             "usd": None if spent.usd is None else float(round(spent.usd, 6)),
             **facts,
         }
         clean = _finite(line)
-        text = json.dumps(clean, allow_nan=False).encode() + b"\n"
+        body = json.dumps(clean, allow_nan=False)[:-1]
+        digest = line_digest(self._digest, body)
+        text = f'{body}, "digest": "{digest}"}}\n'.encode()
         try:
             done = self._file.write(text)
             if done != len(text):
@@ -152,7 +183,7 @@ class Ledger:
                 f"{self.path}: the ledger cannot be written ({error.strerror or error}); "
                 "make room and run the same command again"
             ) from error
-        self.lines, self.bytes = self.lines + 1, self.bytes + len(text)
+        self.lines, self.bytes, self._digest = self.lines + 1, self.bytes + len(text), digest
         return clean
 
     def history(self) -> History:
@@ -164,6 +195,11 @@ class Ledger:
 
     def close(self) -> None:
         self._file.close()
+
+
+def line_digest(before: str, body: str) -> str:
+    """Of a line's text without its digest, and of the digest `before` it ("": none)."""
+    return hashlib.sha256(f"{before}{body}".encode()).hexdigest()[:12]
 
 
 def _parse(path: Path, content: bytes) -> tuple[list[Line], int]:
@@ -189,11 +225,13 @@ def _parse(path: Path, content: bytes) -> tuple[list[Line], int]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
+    """JSON has no NaN or infinity: they become null. A ledger has no secrets."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return scrub(value)
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
+    if isinstance(value, Iterable):
         return [_finite(item) for item in value]
     return value

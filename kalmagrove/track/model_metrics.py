@@ -67,3 +67,17 @@ def to_scalars(metrics: Mapping[str, Tensor]) -> dict[str, float]:
             over_prefixes.setdefault(last, []).append(number)
     means = {name: sum(values) / len(values) for name, values in over_prefixes.items()}
     return {**found, **means}
+
+
+def grove_shares(metrics: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Each grove's or expert's part of its layer's tokens, by layer; {}: nothing was routed."""
+    loads = {
+        layer: value
+        for name, value in metrics.items()
+        for layer, _, last in [name.rpartition(".")]
+        if last == "load" and value.any()
+    }
+    return {
+        layer: [round(share, 4) for share in (load / load.sum()).tolist()]
+        for layer, load in loads.items()
+    }

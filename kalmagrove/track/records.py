@@ -4,7 +4,7 @@ The loop makes a `StepRecord` after every step, and a `GridRefit` for every spli
 `Meters` sums them up and writes the ledger.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -20,9 +20,8 @@ class StepRecord:
     grad_norm: Tensor | float  # global, before clipping
     lr: float
     skipped: bool = False  # a non-finite step: no update was made, and its loss is not averaged
-    seconds: Mapping[str, float] = field(
-        default_factory=dict
-    )  # host-side split: data, compute, ...
+    # of this session's steps so far, by phase; read only when a line is written
+    seconds: Callable[[], Mapping[str, float]] = dict
     # of the step's last forward pass, the same names and sizes on every rank; read only when a line
     # is written
     model_metrics: Mapping[str, Tensor] = field(default_factory=dict)

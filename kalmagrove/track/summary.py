@@ -39,6 +39,14 @@ class Facts:
     baselines: Mapping[str, float | None] = field(default_factory=dict)
     val_bytes_per_token: float | None = None
     val_split_tokens: int | None = None  # predicted tokens of the held-out split
+    hardware_flops_per_token: float | None = None
+    peak_tflops: float | None = None  # of one device; None: unknown
+
+    def utilisation(self, flops_per_token: float | None, tokens_per_s: float) -> float | None:
+        """The share of the devices' peak that these FLOPs are; None if one of both is unknown."""
+        if flops_per_token is None or self.peak_tflops is None:
+            return None
+        return round(tokens_per_s * flops_per_token / (self.peak_tflops * 1e12 * self.devices), 4)
 
 
 def summarize(history: History, facts: Facts, *, status: str, **more: Any) -> dict[str, Any]:
@@ -46,7 +54,8 @@ def summarize(history: History, facts: Facts, *, status: str, **more: Any) -> di
 
     val_loss_nats is the last evaluation's, in nats per token; val_bits_per_byte the same per byte
     of held-out text, comparable between tokenizers. tokens_per_s counts training alone, without
-    evaluations and checkpoints; device_seconds and usd count everything, lost work too. joules are
+    evaluations and checkpoints; device_seconds and usd count everything, lost work too; goodput is
+    the part of device_seconds in which training steps were done that lasted. joules are
     the GPUs', from the first step of each session to its last line. val_tokens were evaluated, of
     the val_split_tokens that the baselines are for.
     """
@@ -71,7 +80,10 @@ def summarize(history: History, facts: Facts, *, status: str, **more: Any) -> di
         "unigram_nats": facts.baselines.get("unigram_nats"),
         "bigram_nats": facts.baselines.get("bigram_nats"),
         "tokens_per_s": throughput(history.series("step")),
+        "tokens_per_s_device": _last(history.series("step"), "tokens_per_s_device"),
         "mfu": _last(history.series("step"), "mfu"),
+        "hfu": _last(history.series("step"), "hfu"),
+        "peak_tflops": facts.peak_tflops,
         "peak_memory": max(
             (line["peak_memory"] for line in history.series("step") if line.get("peak_memory")),
             default=None,
@@ -79,12 +91,15 @@ def summarize(history: History, facts: Facts, *, status: str, **more: Any) -> di
         "device_seconds": spent.device_seconds,
         "usd": None if spent.usd is None else float(spent.usd),
         "joules": history.joules,
+        "wall_seconds": spent.wall_seconds,
+        "goodput": history.goodput,
         "lost_steps": lost.steps,
         "lost_device_seconds": lost.device_seconds,
         "sessions": history.sessions,
         "params_total": facts.params_total,
         "params_active": facts.params_active,
         "flops_per_token": facts.flops_per_token,
+        "hardware_flops_per_token": facts.hardware_flops_per_token,
         "world_size": facts.world_size,
         "devices": facts.devices,
         "device_unit": facts.unit,
@@ -154,6 +169,9 @@ def throughput(steps: list[Line]) -> float | None:
 def code_version() -> str:
     """The commit of the running code, `-dirty` if changed; outside git the package version."""
     package = Path(kalmagrove.__file__).parent
+    frozen = package.parent / "COMMIT"  # of a copy made for a job
+    if frozen.is_file():
+        return frozen.read_text().strip()
 
     def git(*command: str) -> str:
         result = subprocess.run(

@@ -8,7 +8,7 @@ CUDA says is wrong.
 
 Libraries are kept under `~/.cache/kalmagrove/kernels` (`KALMAGROVE_KERNEL_CACHE` overrides) by a
 hash of sources, flags and nvcc's version. Of ranks that build at once one compiles and the others
-wait; a library appears whole or not at all.
+wait; a library appears whole or not at all. `prebuild` fills the folder ahead of time.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.resources import as_file, files
@@ -92,8 +92,14 @@ def _index(device: torch.device) -> int:
 
 @cache
 def _library(op: str, device: int, constants: tuple[tuple[str, int], ...]) -> Library:
-    target = gencode(*torch.cuda.get_device_capability(device))
-    return Library(op, build(op, (target, *(f"-D{name}={value}" for name, value in constants))))
+    capability = torch.cuda.get_device_capability(device)
+    return Library(op, build(op, flags_of(capability, dict(constants))))
+
+
+def flags_of(capability: tuple[int, int], constants: Mapping[str, int]) -> tuple[str, ...]:
+    """nvcc's flags for a compute capability and the macros of a build."""
+    macros = (f"-D{name}={value}" for name, value in sorted(constants.items()))
+    return (gencode(*capability), *macros)
 
 
 def gencode(major: int, minor: int) -> str:
@@ -102,14 +108,15 @@ def gencode(major: int, minor: int) -> str:
     return f"-gencode=arch=compute_{name},code=sm_{name}"
 
 
-def build(op: str, flags: tuple[str, ...]) -> Path:
-    """The shared library of `op`, from the cache or compiled into it.
+def build(op: str, flags: tuple[str, ...], folder: Path | None = None) -> Path:
+    """The shared library of `op`, from the cache (or a folder like it) or compiled into it.
 
     Raises:
         RuntimeError: nvcc is missing, the sources do not compile, or the cache is not writable.
     """
     nvcc, sources = find_nvcc(), read_sources(op)
-    place = cache_folder() / f"{op}-{cache_key(sources, (*FLAGS, *flags), nvcc_version(nvcc))}.so"
+    key = cache_key(sources, (*FLAGS, *flags), nvcc_version(nvcc))
+    place = (folder or cache_folder()) / f"{op}-{key}.so"
     if place.exists():
         return place
     try:

@@ -193,6 +193,9 @@ class Recorder:
         loss = all_reduce_sum(record.loss.clone(), self.groups.dp) / self.groups.dp.size
         self.steps[record.step] = (float(loss), float(record.grad_norm))
 
+    def over_budget(self) -> str | None:
+        return None
+
     def evaluated(self, step: int, tokens: int, nats: float, val_tokens: int) -> None:
         self.events.append(["evaluated", step, nats])
 

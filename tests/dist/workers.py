@@ -13,13 +13,20 @@ from typing import Any
 
 import torch
 
-from kalmagrove.config import CheckpointError, KalmaGroveError, NonFiniteError, Run
+from kalmagrove.config import (
+    BudgetReached,
+    CheckpointError,
+    KalmaGroveError,
+    NonFiniteError,
+    Run,
+)
 from kalmagrove.engine import build_engine, connect, disconnect, fit, load_weights, resume, save
 from kalmagrove.engine.compat import gathered, local_weights, master_weight
 from kalmagrove.engine.refit import refit_grids
 from kalmagrove.nn import build_model
 from kalmagrove.nn.edge import EdgeActivation
 from kalmagrove.parallel import Groups, all_reduce_sum, barrier
+from kalmagrove.track import build_meters
 from tests.dist.toy import ROWS, Recorder, Rows, Toy, real_run, toy_run
 
 
@@ -323,6 +330,35 @@ def gives_up(groups: Groups, folder: str) -> dict[str, Any]:
     return {"message": message, "events": meters.events, "finite": finite, "poisoned": poisoned}
 
 
+def budget(groups: Groups, folder: str, stage: int) -> dict[str, Any]:
+    """A dollar a core-second until it is used up, again with the same cap, and with a higher one.
+
+    Only the first rank knows what is spent.
+    """
+    found: dict[str, Any] = {}
+    price = {"name": "test", "usd_per_core_hour": 3600.0, "basis": "test"}
+    track = {"wandb": "disabled", "console": "off"}
+    for name, cap in (("first", 6.0), ("same", 6.0), ("more", 12.0)):
+        run = toy_run(
+            steps=10**6, zero={"stage": stage}, price=price, track=track, budget={"usd": cap},
+            checkpoint={"every": 10**6}, eval={"every": 10**6},
+        )  # fmt: skip
+        engine, rows = make(run, groups)
+        meters = build_meters(
+            run, Path(folder), groups, params_total=1, params_active=1, flops_per_token=1.0,
+            started=time.monotonic(),
+        )  # fmt: skip
+        state = resume(engine, rows, meters, run, Path(folder))
+        began = state.step
+        try:
+            fit(engine, rows, validation(groups), meters, state, run)
+            said = "no error"
+        except BudgetReached as error:
+            said = str(error)
+        found[name] = _everywhere([began, state.step, state.saved, said], groups)
+    return found
+
+
 def refits(
     groups: Groups, folder: str, variants: dict[str, list[str]], resumed: list[str]
 ) -> dict[str, Any]:
@@ -402,6 +438,7 @@ WORKERS: dict[str, Any] = {
     "refusals": refusals,
     "train": train,
     "gives_up": gives_up,
+    "budget": budget,
     "refits": refits,
 }
 

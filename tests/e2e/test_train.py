@@ -33,6 +33,7 @@ def finished(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     """A run of 24 steps on two processes, never interrupted."""
     place = tmp_path_factory.mktemp("finished")
     words = [*settings, TWO, "zero=stage2", "steps=24", "name=whole", "checkpoint.every=8"]
+    words += ["profile=steps", "profile.steps=[2,3]", "track.tensorboard=true"]
     done = run("train", *words, cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     (place / "stdout").write_text(done.stdout)
@@ -64,6 +65,32 @@ def test_what_a_run_leaves(finished: Path) -> None:
     out = (finished / "stdout").read_text()
     assert "bigram" in out
     assert (folder / "samples" / "step-000024.txt").read_text().strip() in out
+
+
+def test_what_was_looked_at_while_it_trained(finished: Path) -> None:
+    folder = finished / "runs" / "whole"
+    traces = [path.name for path in (folder / "profile").iterdir()]
+    assert traces == ["trace-steps-2-3-rank-0.json.gz"]
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["event"] == "step":
+            least, mean, most = (line[f"rank_seconds_{which}"] for which in ("min", "mean", "max"))
+            assert 0 < least <= mean <= most < line["step_seconds"], "of two ranks, own time alone"
+            assert mean == pytest.approx((least + most) / 2, abs=2e-6)
+            assert line["slowest_rank"] in (0, 1)
+
+
+def test_a_run_is_sent_to_wandb_out_of_its_ledger(finished: Path) -> None:
+    folder = finished / "runs" / "whole"
+    assert not (folder / "wandb").exists(), "track.wandb=disabled"
+    done = run("track", "sync", "runs/whole", cwd=finished, HF_TOKEN="a-token-of-the-hub")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sent,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    assert f"wandb sync {sent.parent}" in done.stdout
+    content = sent.read_bytes()
+    assert b"loss/train" in content
+    assert b"a-token-of-the-hub" not in content
 
 
 def test_one_process_gives_the_same_losses(finished: Path, settings: list[str]) -> None:

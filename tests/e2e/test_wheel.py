@@ -25,6 +25,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = place.glob("kalmagrove-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     homes = {"conf": "kalmagrove/conf", "kernels/csrc": "kalmagrove_kernels/csrc"}
+    homes |= {"launchers/templates": "kalmagrove/templates"}
+    homes |= {"launchers/hydra_plugins": "hydra_plugins"}
     for folder, inside in homes.items():
         files = [p for p in (source / folder).rglob("*") if p.is_file()]
         assert files

@@ -1,10 +1,9 @@
-"""The just-in-time builder: its cache, its errors, ranks that build at once. No nvcc is needed: a
-script that the tests write stands in for it."""
+"""The just-in-time builder: its cache, its errors, ranks that build at once. No nvcc is needed:
+`stand_in` is one."""
 
 import ctypes
 import fcntl
 import shutil
-import stat
 import threading
 from pathlib import Path
 
@@ -12,18 +11,9 @@ import pytest
 import torch
 
 from kalmagrove_kernels import jit
+from tests.kernels.stand_in import install
 
 pytestmark = pytest.mark.unit
-
-# Says its version; else notes the call, waits, fails or writes its last source where -o says.
-STAND_IN = """#!/bin/sh
-if [ "$1" = --version ]; then echo "release {version}"; exit 0; fi
-echo "$@" >> {log}
-sleep {seconds}
-{failure}
-while [ $# -gt 1 ]; do if [ "$1" = -o ]; then out=$2; fi; shift; done
-cat "$1" > "$out"
-"""
 
 
 @pytest.fixture
@@ -37,15 +27,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "csrc" / "op" / "op.cu").write_text("// op\n")
     install(tmp_path)
     return tmp_path
-
-
-def install(home: Path, version: str = "13.0", seconds: float = 0, failure: str = "") -> None:
-    nvcc = home / "bin" / "nvcc"
-    nvcc.parent.mkdir(exist_ok=True)
-    text = STAND_IN.format(version=version, log=home / "log", seconds=seconds, failure=failure)
-    nvcc.write_text(text)
-    nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
-    jit.nvcc_version.cache_clear()
 
 
 def calls(home: Path) -> list[str]:

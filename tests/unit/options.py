@@ -10,6 +10,7 @@ OWN = {
     "scratch": "retrofit",
     "experiment/kallm": "retrofit",
     "suite": "evaluate",
+    "cluster": "plan",
 }
 
 

@@ -14,6 +14,7 @@ ALLOWED = {
     "parallel": {"config"},
     "track": {"config", "parallel"},
     "nn": {"config", "parallel", "kernels"},
+    "plan": {"config", "track"},
     "retrofit": {"config", "data", "parallel", "nn", "kernels"},
     "engine": {"config", "parallel", "nn", "track"},
     "evaluate": {
@@ -23,13 +24,16 @@ ALLOWED = {
     "bench": {"config", "parallel", "nn", "engine", "track", "kernels"},
     "cli": {
         *("config", "data", "parallel", "nn", "engine", "track"),
-        *("evaluate", "retrofit", "bench", "kernels"),
+        *("evaluate", "retrofit", "bench", "plan", "kernels"),
     },
 }
 HOMES = {
     "deepspeed": "engine",
     "megatron": "parallel",
     "wandb": "track",
+    "wandb_workspaces": "track",
+    "tensorboard": "track",
+    "trackio": "track",
     "lm_eval": "evaluate",
     "hydra": "cli",
     "omegaconf": "cli",
@@ -85,6 +89,7 @@ def test_every_package_is_in_the_wheel() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["setuptools"]["packages"])
     found = {"kalmagrove.conf", "kalmagrove_kernels.csrc"}
+    found |= {"kalmagrove.templates", "hydra_plugins", "hydra_plugins.kalmagrove_launchers"}
     for base in (ROOT / "kalmagrove", ROOT / "kernels" / "kalmagrove_kernels"):
         for init in base.rglob("__init__.py"):
             found.add(".".join(init.parent.relative_to(base.parent).parts))

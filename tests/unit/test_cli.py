@@ -15,7 +15,15 @@ import yaml
 from kalmagrove import __version__
 from kalmagrove.cli import VERBS, launch, main, run_folder, session, train
 from kalmagrove.cli.compose import compose_tree, read_yaml
-from kalmagrove.config import ConfigError, DataError, Interrupted, KalmaGroveError, Run, load
+from kalmagrove.config import (
+    BudgetReached,
+    ConfigError,
+    DataError,
+    Interrupted,
+    KalmaGroveError,
+    Run,
+    load,
+)
 from kalmagrove.parallel import Groups
 
 pytestmark = pytest.mark.unit
@@ -254,6 +262,21 @@ def test_a_stop_ends_a_sweep(
     assert main(["train", "-m", "model=kan_tiny", "steps=1,2,3"]) == 75
     assert begun == [1, 2]
     assert [p.name for p in tmp_path.iterdir()] == ["runs"], "nothing lies about"
+
+
+def test_a_run_at_its_cap_ends_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    def start(run: Run, dry_run: bool, in_sweep: bool) -> int:
+        begun.append(run.steps)
+        if run.steps == 1:
+            raise BudgetReached("spent")  # in this process
+        return 76 if run.steps == 2 else 0  # by processes of its own
+
+    monkeypatch.setattr(train, "_start", start)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "-m", "model=kan_tiny", "steps=1,2,3"]) == 76
+    assert begun == [1, 2, 3]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -12,7 +12,16 @@ import yaml
 from kalmagrove import cli
 from kalmagrove.cli.compose import compose_tree, conf_dir, read_yaml, sweep_points
 from kalmagrove.cli.run_folder import write_config
-from kalmagrove.config import ConfigError, Evaluate, Generate, Inspect, Prepare, load, validate
+from kalmagrove.config import (
+    ConfigError,
+    Evaluate,
+    Generate,
+    Inspect,
+    Plan,
+    Prepare,
+    load,
+    validate,
+)
 from kalmagrove.config.counts import ffn_count, parameter_count
 from kalmagrove.config.retrofit_run import Retrofit, retrofit_of
 from tests.unit.options import OPTIONS, verb_of
@@ -26,6 +35,7 @@ VERBS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "generate": lambda tree: validate(Generate, tree),
     "evaluate": lambda tree: validate(Evaluate, tree),
     "inspect": lambda tree: validate(Inspect, tree),
+    "plan": lambda tree: validate(Plan, tree),
 }
 GIVEN = {"retrofit": [BASE]}  # what a verb has no default for
 NEEDS = {  # options that only make sense with something the user gives
@@ -85,7 +95,9 @@ def test_yaml_covers_every_field_of_a_model(tree: dict) -> None:
             assert set(block) == set(getattr(run.model.ffn, kind).model_dump()), kind
 
 
-@pytest.mark.parametrize("preset", ["kan_tiny", "kan_nano", "kan_135m", "kan_1b_a135m", "kan_1b"])
+@pytest.mark.parametrize(
+    "preset", ["kan_tiny", "kan_nano", "kan_135m", "kan_1b_a135m", "kan_1b", "kan_340b"]
+)
 def test_the_feed_forwards_of_a_preset_are_a_fair_comparison(preset: str) -> None:
     active = {
         kind: ffn_count(load(compose_tree("train", [f"model={preset}", f"ffn={kind}"])).model, 0)
@@ -114,6 +126,19 @@ def test_preset_sizes() -> None:
     for name in ("kan_1b", "kan_1b_a135m"):
         assert sizes[name].total == pytest.approx(1e9, rel=0.06)
     assert sizes["kan_1b_a135m"].active == pytest.approx(135e6, rel=0.08)
+
+
+def test_the_sources_sizes() -> None:
+    """340B parameters; 94% fewer of them active than in the dense one, 92% of edges inactive."""
+    kan, moe, dense = (
+        load(compose_tree("train", [f"model={name}_340b"])).model
+        for name in ("kan", "moe", "dense")
+    )
+    counts = [parameter_count(model) for model in (kan, moe, dense)]
+    assert [count.total for count in counts] == pytest.approx([340e9] * 3, rel=0.01)
+    assert counts[0].active / counts[2].active == pytest.approx(0.06, abs=0.006)
+    assert counts[1].active == pytest.approx(counts[0].active, rel=0.05)
+    assert 1 - kan.ffn.grove.kan.top_k / kan.ffn.grove.kan.edges == pytest.approx(0.92, abs=0.002)
 
 
 REFUSED = [

@@ -93,9 +93,10 @@ def test_signals_are_remembered_and_handlers_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     groups = Groups.single()
     with StopRequest() as stop:
-        assert not stop.agreed(groups)
+        assert stop.agreed(groups) == "go on"
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.agreed(groups)
+        assert stop.agreed(groups) == "stop"
+        assert stop.agreed(groups, over_budget=True) == "over budget"
         assert stop.reason == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -104,9 +105,9 @@ def test_the_stop_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "stop"
     monkeypatch.setenv(STOP_FILE_VARIABLE, str(file))
     with StopRequest() as stop:
-        assert not stop.agreed(Groups.single())
+        assert stop.agreed(Groups.single()) == "go on"
         file.touch()
-        assert stop.agreed(Groups.single())
+        assert stop.agreed(Groups.single()) == "stop"
 
 
 def test_the_second_interrupt_kills_at_once() -> None:

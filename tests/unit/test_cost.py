@@ -9,7 +9,7 @@ import yaml
 
 from kalmagrove.config import Price, Track, validate
 from kalmagrove.track import Cost, Spent, show_usd
-from kalmagrove.track.cost import process_age
+from kalmagrove.track.cost import Stored, process_age
 
 pytestmark = pytest.mark.unit
 
@@ -37,8 +37,8 @@ def test_an_unknown_price_is_unknown_forever_and_never_zero() -> None:
     unknown = Cost(2, "core", None)
     assert unknown.usd(3600) is None
     spent = Spent().plus(unknown, 10)
-    assert spent == Spent(20.0, None)
-    assert spent.plus(Cost(2, "core", 0.04), 3600) == Spent(7220.0, None)
+    assert spent == Spent(20.0, None, 10.0)
+    assert spent.plus(Cost(2, "core", 0.04), 3600) == Spent(7220.0, None, 3610.0)
     assert show_usd(spent.usd) == "-"
 
 
@@ -48,7 +48,29 @@ def test_a_price_of_zero_is_a_known_price() -> None:
 
 def test_sessions_at_different_prices_add_up() -> None:
     spent = Spent().plus(Cost(1, "gpu", 2.0), 1800).plus(Cost(4, "gpu", 3.0), 3600)
-    assert spent == Spent(1800 + 14400, Decimal(13))
+    assert spent == Spent(1800 + 14400, Decimal(13), 5400)
+
+
+def test_energy_and_storage_have_prices_of_their_own() -> None:
+    cost = Cost(1, "gpu", 2.0, usd_per_kwh=0.3, usd_per_gb_month=0.1)
+    month = 365.2425 / 12 * 24 * 3600
+    assert cost.usd(3600, joules=7.2e6) == Decimal("2.6")
+    assert cost.usd(3600, joules=0.0, byte_seconds=5e9 * month) == Decimal("2.5")
+    assert cost.usd(3600, joules=None) is None, "energy has a price, and nobody measured it"
+    assert Cost(1, "gpu", 2.0).usd(3600, joules=None) == 2
+    assert Spent().plus(cost, 3600, joules=7.2e6).usd == Decimal("2.6")
+
+
+def test_what_is_stored_counts_from_when_it_was_seen(tmp_path: Path) -> None:
+    stored = Stored(tmp_path, 10.0)
+    (tmp_path / "a").write_bytes(b"x" * 100)
+    assert stored.byte_seconds(20.0) == 0
+    stored.look(20.0)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "b").write_bytes(b"x" * 50)
+    assert (stored.bytes, stored.byte_seconds(22.0)) == (100, 200)
+    stored.look(22.0)
+    assert (stored.bytes, stored.byte_seconds(24.0)) == (150, 500)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from test_meters import Session
 
 from kalmagrove.track import read_history
-from kalmagrove.track.energy import Energy, gpu_counter
+from kalmagrove.track.energy import Energy, counter_of, cpu_counter, gpu_counter
 
 pytestmark = pytest.mark.unit
 
@@ -82,3 +82,29 @@ def test_a_checkpoint_of_another_folder_brings_its_joules(tmp_path: Path) -> Non
     gpu.joules = 1011.0
     second.step(4)
     assert second.lines("step")[-1]["joules"] == 11.0
+
+
+def test_processors_are_counted_by_rapl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(package: int, energy: int) -> None:
+        folder = tmp_path / f"intel-rapl:{package}"
+        folder.mkdir(exist_ok=True)
+        (folder / "energy_uj").write_text(f"{energy}\n")
+        (folder / "max_energy_range_uj").write_text("10000000\n")
+
+    assert cpu_counter(tmp_path) is None, "no counter"
+    write(0, 9_000_000)
+    write(1, 1_000_000)
+    (tmp_path / "intel-rapl:0:0").mkdir()  # a part of the first package
+    counter = cpu_counter(tmp_path)
+    assert counter is not None
+    write(0, 2_000_000)  # it has begun anew
+    write(1, 1_500_000)
+    assert (counter(), counter()) == (3.5, 3.5)
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
+    assert counter() is None
+    monkeypatch.setattr("kalmagrove.track.energy.POWERCAP", tmp_path / "none")
+    assert counter_of(torch.device("cpu")) is None
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    other = counter_of(torch.device("cpu"))
+    assert other is not None
+    assert other() == 0.0, "the machine's first process counts for all"

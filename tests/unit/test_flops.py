@@ -1,5 +1,6 @@
 """Parameters and FLOPs from the configuration, against real modules, a counter, hand sums."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kalmagrove.config import Model, validate
+from kalmagrove.cli.compose import compose_tree, conf_dir
+from kalmagrove.config import Model, load, validate
 from kalmagrove.config.counts import (
     attention_count,
     ffn_count,
@@ -15,8 +17,11 @@ from kalmagrove.config.counts import (
     parameter_table,
 )
 from kalmagrove.nn import build_model
+from kalmagrove.nn.model import Transformer
 from kalmagrove.parallel import Groups
-from kalmagrove.track import flops_per_token
+from kalmagrove.track import dense_twin, flops_per_token, path_of, peak_tflops
+from kalmagrove.track.flops import Path, Row
+from kalmagrove.track.summary import Facts
 
 pytestmark = pytest.mark.unit
 
@@ -110,51 +115,171 @@ def test_active_counts_by_hand() -> None:
     assert ffn_count(tiny(), 0).active == 3 * D * 24
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_dense_softmax_flops_are_those_torch_counts(tied: bool) -> None:
-    """All products but the attention's: torch counts the whole square of scores, we its half."""
-    model = tiny(model={"tie_embeddings": tied})
+UNSEEN = ("edge functions", "ada key kernel")  # no products: torch's counter passes over them
+SCORES = ("softmax scores", "mla scores")  # torch counts the whole square where we count its half
+NARROW = ["model.d_model=192", "model.ffn.grove.kan.rank=16"]
+SMALL = {  # what is too large for a CPU: narrower, with fewer parts
+    "kan_1b": NARROW,
+    "kan_1b_a135m": ["model.d_model=288", *NARROW[1:]],
+    "kan_340b": [*NARROW, "model.ffn.grove.groves=4", "model.attention.softmax.heads=8"],
+    # Values as wide as keys: else torch counts the scores as plain products.
+    "moe_340b": [*NARROW, "model.ffn.moe.experts=16", "model.attention.mla={heads: 8, v_dim: 192}"],
+    "dense_340b": [*NARROW, "model.ffn.dense.hidden=512"],
+}
+PRESETS = sorted(path.stem for path in (conf_dir() / "model").glob("*.yaml"))
+CASES = [
+    *([f"model={name}", *SMALL.get(name, [])] for name in PRESETS),
+    *(["model=kan_135m", f"ffn={kind}", "attention=mla"] for kind in ("dense", "kan", "moe")),
+    ["model=kan_nano", "attention=softmax", "model.ffn.kan.routing=straight_through", "ffn=kan"],
+    ["model=kan_nano", "attention=ada", "model.attention.ada.qk_rank=16"],
+]
+T = 48
+
+
+def counted(model: Transformer, checkpointing: bool = False) -> tuple[float, float]:
+    """FLOPs of a token that torch counts, forward and backward, without those of SDPA."""
+    model.activation_checkpointing = checkpointing
+    tokens = torch.randint(32, (1, T))
+    with FlopCounterMode(display=False) as forward:
+        loss = model(tokens, tokens).loss
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+
+    def products(counter: FlopCounterMode) -> float:
+        found = counter.get_flop_counts()["Global"]
+        return sum(n for op, n in found.items() if "attention" not in str(op)) / T
+
+    return products(forward), products(backward)
+
+
+@pytest.mark.parametrize("words", CASES, ids=" ".join)
+def test_flops_are_those_that_torch_counts(words: list[str]) -> None:
+    """Within 1%, all that it can see, of every preset; few tokens take the masked path."""
+    small = ["model.layers=2", "model.vocab_size=64", "model.attention.ada.chunk=16"]
+    step = [f"data.seq_len={T}", f"batch.tokens={T}", "batch.micro=1"]
+    model = load(compose_tree("train", [*words, *small, *step])).model
+    kinds = tuple(dict.fromkeys(model.attention.pattern))  # one layer of each
+    attention = model.attention.model_copy(update={"pattern": kinds})
+    model = model.model_copy(update={"attention": attention})
+    flops = flops_per_token(model, T, "reference")
+    seen = [row for row in flops.rows if row.component not in (*UNSEEN, *SCORES)]
+    forward, backward = counted(build_model(model, Groups.single()).train())
+    assert sum(row.forward for row in seen) == pytest.approx(forward, rel=0.01)
+    assert sum(row.backward for row in seen) == pytest.approx(backward, rel=0.01)
+
+
+def test_a_cpu_runs_only_the_kept_edges() -> None:
+    """With many tokens: here they are sorted by edge."""
+    model = tiny(ffn="kan", kan={"edges": 16, "top_k": 2})
+    tokens = torch.randint(32, (4, 256))
     built = build_model(model, Groups.single())
-    T = 8
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        built(torch.zeros(1, T, dtype=torch.int64))
-    counted = counter.get_flop_counts()["Global"]
-    products = sum(n for op, n in counted.items() if "attention" not in str(op))
+        built(tokens)
+    found = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in found.items() if "attention" not in str(op)) / tokens.numel()
+    kept = flops_per_token(model, 256, "cpu")
+    seen = sum(row.forward for row in kept.rows if row.component not in (*UNSEEN, *SCORES))
+    assert seen == pytest.approx(products, rel=0.01)
+    assert flops_per_token(model, 256, "reference").rows[2].forward > 2 * kept.rows[2].forward
+
+
+def test_checkpointing_computes_the_blocks_again() -> None:
+    """All but a block's last product, which nothing in the backward pass needs."""
+    model = tiny()
     flops = flops_per_token(model, T)
-    scores = model.layers * 4 * 16 * (T + 1) / 2
-    assert (flops.forward - scores) * T == products
+    plain, again = (sum(counted(build_model(model, Groups.single()), on)) for on in (False, True))
+    scores = sum(row.forward for row in flops.rows if row.component in SCORES)
+    last = model.layers * 2 * 16 * 24
+    more = flops.hardware(True) - flops.hardware(False)
+    assert more - scores - last == pytest.approx(again - plain, rel=0.01)
+    assert more == sum(row.forward for row in flops.rows[:-1])
+
+
+def test_paths() -> None:
+    assert path_of("auto", gpu=False) == path_of("reference", gpu=False) == "cpu"
+    assert path_of("auto", gpu=True) == path_of("triton", gpu=True) == "kernels"
+    assert path_of("reference", gpu=True) == "reference"
+
+
+@pytest.mark.parametrize("name", ["kan", "grove", "moe", "ada", "untied"])
+def test_dense_twin_is_as_large(name: str) -> None:
+    model = MODELS[name]
+    twin = dense_twin(model)
+    step = 3 * model.d_model * model.layers  # one more hidden unit
+    assert abs(parameter_count(twin).total - parameter_count(model).total) <= step / 2
+    assert {row.component for row in flops_per_token(twin, 8).rows} == {
+        "attention softmax", "softmax scores", "ffn dense", "logits"
+    }  # fmt: skip
+
+
+def test_dense_softmax_flops_by_hand() -> None:
+    flops = flops_per_token(tiny(), 8)
+    maps = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24)
+    scores = 2 * 4 * 16 * 4.5
+    assert flops.forward == 2 * maps + scores + 2 * 16 * 32
+    assert flops.backward == 2 * flops.forward
     assert flops.training == 3 * flops.forward
+    assert flops.hardware(False) == flops.training + 0.5 * scores, "SDPA makes the scores again"
 
 
-@pytest.mark.parametrize(("kind", "projections"), [("ada", 5 * 16 * 16 + 4 * 16), ("mla", None)])
-def test_linear_attention_does_not_grow_with_the_row(kind: str, projections: int | None) -> None:
-    model = tiny(kind)
-    short, long = (flops_per_token(model, t).rows[0].model for t in (64, 4096))
-    if projections is None:
-        per_token = model.layers * 2 * 2 * (6 + 5)
-        assert long - short == per_token * (4096 - 64) / 2
-    else:
-        state = 4 * 2 * 8 * 8
-        assert short == long == model.layers * (2 * projections + state)
+def part(model: Model, tokens: int, component: str, path: Path = "reference") -> Row:
+    rows = flops_per_token(model, tokens, path).rows
+    return next(row for row in rows if row.component == component)
+
+
+def test_linear_attention_does_not_grow_with_the_row() -> None:
+    short, long = (flops_per_token(tiny("ada"), t).forward for t in (64, 4096))
+    state, maps = 4 * 2 * 8 * 8, 2 * 5 * 16 * 16 + 2 * 4 * 16
+    assert short == long == 2 * (maps + state) + 2 * 2 * 3 * 16 * 24 + 2 * 16 * 32
+    mla = [part(tiny("mla"), t, "mla scores").model for t in (64, 4096)]
+    assert mla[1] - mla[0] == 2 * 2 * 2 * (6 + 5) * (4096 - 64) / 2
 
 
 def test_kan_flops_count_kept_edges_and_hardware_all() -> None:
     D, M, K, R = 16, 10, 3, 5
-    row = flops_per_token(tiny(ffn="kan"), 8).rows[1]
-    phi = 3 * 3 * 4 + 2 * 4
-    assert row.model == 2 * (M * (2 * D + phi) + K * 4 * R * D)
-    assert row.hardware - row.model == 2 * (M - K) * 4 * R * D
-    grove = flops_per_token(tiny(ffn="grove"), 8).rows[1]
-    assert grove.model == 2 * 2 * 4 * D * 4 + 3 * row.model, "2 chosen and the shared one"
+    row = part(tiny(ffn="kan"), 8, "ffn kan")
+    assert row.model == 2 * (M * 2 * D + K * 4 * R * D)
+    assert row.forward - row.model == 2 * (M - K) * 4 * R * D
+    assert part(tiny(ffn="kan"), 8, "ffn kan", "kernels").forward == row.model
+    functions = part(tiny(ffn="kan"), 8, "edge functions").model
+    assert functions == 2 * M * (3 * 3 * 4 + 2 * 4)
+    grove = part(tiny(ffn="grove"), 8, "ffn grove")
+    assert grove.model == 3 * row.model, "2 chosen and the shared one"
+    assert part(tiny(ffn="grove"), 8, "routers").model == 2 * 2 * 4 * D * 4
 
 
 def test_ada_hardware_flops_follow_the_form() -> None:
     def run(form: str, T: int) -> float:
-        return flops_per_token(tiny("ada", ada={"form": form, "chunk": 4}), T).rows[0].hardware
+        return part(tiny("ada", ada={"form": form, "chunk": 4}), T, "ada sums").forward
 
     base = run("recurrent", 8)
-    assert base == flops_per_token(tiny("ada"), 8).rows[0].model
-    assert run("chunked", 100) - base == 2 * 2 * 2 * 4 * (8 + 8)
-    assert run("quadratic", 100) - base == 2 * 2 * (2 * 100 * (8 + 8) - 4 * 8 * 8)
+    assert base == part(tiny("ada"), 8, "ada sums").model == 2 * 4 * 2 * 8 * 8
+    assert run("quadratic", 100) == 2 * 2 * 2 * 100 * (8 + 8)
+    states = 64 * (2 * 24 / 25 + 2 * 25 / 4 + 2)
+    assert run("chunked", 100) == pytest.approx(2 * 2 * (2 * 4 * (8 + 8) + states))
     assert run("auto", 8) == run("quadratic", 8)
     assert run("auto", 9) == run("chunked", 9)
+    kernels = part(tiny("ada"), 4096, "ada sums", "kernels")
+    assert kernels.forward == 2 * 2 * (2 * 64 * (8 + 8) + 4 * 8 * 8)
+    assert kernels.backward == 3 * kernels.forward
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989.5), ("NVIDIA H100 80GB HBM3", 989.5), ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5), ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA L40S", 362.05),
+        ("NVIDIA A10", 125.0), ("NVIDIA A10G", 70.0), ("NVIDIA B200", 2250.0),
+        ("NVIDIA GeForce RTX 4090", 165.2), ("Tesla T4", None), ("", None), (None, None),
+    ],
+)  # fmt: skip
+def test_peaks_by_name(name: str | None, peak: float | None) -> None:
+    assert peak_tflops(name) == peak
+
+
+def test_utilisation_is_null_without_a_peak() -> None:
+    known = Facts("r", 1, 1, 1e9, 2, 2, "gpu", "p", None, torch.device("cpu"), peak_tflops=100.0)
+    assert known.utilisation(1e9, 50_000.0) == 0.25
+    assert known.utilisation(None, 50_000.0) is None
+    unknown = dataclasses.replace(known, peak_tflops=None)
+    assert unknown.utilisation(1e9, 50_000.0) is None

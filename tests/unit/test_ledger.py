@@ -36,7 +36,7 @@ def write_run(path: Path) -> Ledger:
 
 def test_a_line_holds_time_place_and_cost(tmp_path: Path) -> None:
     ledger = open_ledger(tmp_path / "ledger.jsonl")
-    ledger.write("step", 3, 30, Spent(1.5, None), loss=float("nan"))
+    ledger.write("step", 3, 30, Spent(1.5, None, 0.75), loss=float("nan"))
     assert json.loads((tmp_path / "ledger.jsonl").read_text()) == {
         "event": "step",
         "time": "2026-01-02T03:04:05.000+00:00",
@@ -44,8 +44,10 @@ def test_a_line_holds_time_place_and_cost(tmp_path: Path) -> None:
         "step": 3,
         "tokens": 30,
         "device_seconds": 1.5,
+        "wall_seconds": 0.75,
         "usd": None,
         "loss": None,
+        "digest": "3a16ee833d9a",
     }
 
 
@@ -121,6 +123,7 @@ def test_a_full_disk_is_a_clear_error() -> None:
         pytest.skip("no /dev/full on this system")
     ledger = Ledger.__new__(Ledger)
     ledger.path, ledger._file = full, full.open("ab", buffering=0)
+    ledger._digest = ""
     ledger._clock, ledger._now = (lambda: 0.0), (lambda: datetime.now(UTC))
     with pytest.raises(KalmaGroveError, match=r"cannot be written \(No space left on device\)"):
         ledger.write("step", 1, 1, spent(1))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tiny_run import make_run
 
-from kalmagrove.config import Interrupted, NonFiniteError
+from kalmagrove.config import BudgetReached, Interrupted, NonFiniteError
 from kalmagrove.engine import loop
 from kalmagrove.engine.checkpoint import State
 from kalmagrove.parallel import Groups
@@ -60,6 +60,7 @@ def ended(
     [
         (2.5, ("done", None), 1),
         (Interrupted("asked"), ("stopped", None), 1),
+        (BudgetReached("spent"), ("budget", "spent"), 1),
         (NonFiniteError("bad"), ("failed", "NonFiniteError: bad"), 1),
         (RuntimeError("one rank's"), ("failed", "RuntimeError: one rank's"), 0),
     ],

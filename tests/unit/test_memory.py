@@ -7,10 +7,16 @@ import torch
 from tiny_run import make_run
 
 from kalmagrove.config import Run
-from kalmagrove.config.counts import held_parameters, parameter_count
+from kalmagrove.config.counts import (
+    attention_count,
+    ffn_count,
+    held_parameters,
+    parameter_count,
+)
 from kalmagrove.nn import build_model
 from kalmagrove.parallel import Group, Groups, is_expert
-from kalmagrove.track import memory_estimate
+from kalmagrove.track import memory, memory_estimate
+from kalmagrove.track.memory import layer_floats
 
 pytestmark = pytest.mark.unit
 
@@ -24,13 +30,83 @@ N = parameter_count(make_run().model).total
 
 @pytest.mark.parametrize(
     ("stage", "weights", "gradients", "states"),
-    [(1, 2 * N, 6 * N, 3 * N), (2, 2 * N, 6 * N // 4, 3 * N), (3, N // 2, 6 * N // 4, 3 * N)],
+    [
+        (1, 2 * N, 4 * N, 3 * N),
+        (2, 2 * N, 4 * N // 4, 3 * N),
+        (3, N // 2 + 2 * N, 4 * N // 4, 3 * N),  # and all weights gathered, kept by autograd
+    ],
 )
 def test_zero_shards_by_stage(stage: int, weights: int, gradients: int, states: int) -> None:
-    rows = estimate(processes=4, precision="bf16", zero={"stage": stage})
+    """Gradients: their fp32 sums; the new ones in bf16 appear as activations go."""
+    rows = estimate(
+        processes=4, precision="bf16", zero={"stage": stage}, batch={"tokens": 64, "micro": 1}
+    )
     assert rows["parameters"] == weights
     assert rows["gradients"] == gradients
     assert rows["optimizer states"] == states
+
+
+def test_zero_2_sums_gradients_only_over_several_micro_batches() -> None:
+    batch = {"tokens": 32, "micro": 1}
+    rows = estimate(processes=4, precision="bf16", zero={"stage": 2}, batch=batch)
+    assert rows["gradients"] == 0
+
+
+def test_new_gradients_count_where_they_are_more_than_the_activations() -> None:
+    model = make_run().model.model_dump() | {"vocab_size": 8192}
+    rows = dict(memory_estimate(make_run(model=model, zero={"stage": 1}), 1, "bf16"))
+    parameters = rows["parameters"] // 2
+    free = rows["activations"] + rows["logits and loss"]
+    assert rows["gradients"] == 4 * parameters + max(0, 2 * parameters - free)
+    assert sum(rows.values()) == 18 * parameters + max(2 * parameters, free)
+
+
+def test_stage_3_gathers_a_layer_at_a_time_with_checkpointing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "LIVE", 0)
+    model = make_run().model.model_dump() | {"layers": 4}
+    zero, again = {"stage": 3}, {"activation_checkpointing": True}
+    run = make_run(model=model, zero=zero, engine=again, batch={"tokens": 64, "micro": 1})
+    total = parameter_count(run.model).total
+    layer = attention_count(run.model, 0).total + ffn_count(run.model, 0).total
+    assert dict(memory_estimate(run, 4, "bf16"))["parameters"] == 2 * total // 4 + 2 * layer
+
+
+@pytest.mark.parametrize("ffn", ["kan", "grove"])
+def test_kernels_keep_less(ffn: str) -> None:
+    model = make_run().model.model_dump()
+    model["attention"]["pattern"], model["ffn"]["pattern"] = ["ada"], [ffn]
+    run = make_run(model=model, data={"seq_len": 512}, batch={"tokens": 512})
+    for other in ("cpu", "reference"):
+        masked, kept = (dict(memory_estimate(run, 1, "bf16", p)) for p in (other, "kernels"))
+        assert kept["activations"] < masked["activations"]
+        assert masked | {"activations": 0} == kept | {"activations": 0}
+
+
+def test_all_to_all_buffers() -> None:
+    rows = dict(memory_estimate(wide_run("ada", "grove", parallel={"ep": 2}), 2, "bf16"))
+    # Of 4 groves one is chosen: half of the tokens go to the other rank, and as many come.
+    assert rows["all-to-all buffers"] == 2 * (64 / 2) * 16 * 2
+
+
+def test_what_the_modules_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on a CPU, whose norms keep two copies in fp32 where those of a GPU keep one."""
+    run = wide_run("softmax", "dense")
+    block = build_model(run.model, Groups.single()).to(torch.bfloat16).train().blocks[0]
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in weights and x.numel() >= 64 * 8:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        block(torch.randn(1, 64, 16, dtype=torch.bfloat16, requires_grad=True))
+    numbers = sum(x.untyped_storage().nbytes() for x in kept.values()) / 2 / 64
+    norms = 2 * 2 * 16 + 2 * 2 * 16  # before blocks, and of q and k
+    assert numbers - norms == layer_floats(run, 0)
 
 
 def test_fp32_without_zero_needs_16_bytes_a_parameter() -> None:

@@ -37,7 +37,7 @@ class Session:
 
     def __init__(self, run_dir: Path, run: Run | None = None, clock: Clock | None = None) -> None:
         self.run, self.clock, self.out = run or make_run(), clock or Clock(), io.StringIO()
-        self.path = run_dir
+        self.path, self.done = run_dir, 0
         self.meters: Meters = build_meters(
             self.run,
             run_dir,
@@ -54,13 +54,15 @@ class Session:
 
     def step(self, number: int, loss: float = 3.0, **more: Any) -> None:
         self.clock.add(2.0)
+        self.done += 1
+        done = self.done
         record = StepRecord(
             step=number,
             tokens=16 * number,
             loss=torch.tensor(loss),
             grad_norm=torch.tensor(0.5),
             lr=1e-3,
-            seconds={"data": 0.25, "compute": 1.5},
+            seconds=lambda: {"data": 0.25 * done, "forward": 1.5 * done},
         )
         self.meters.step(replace(record, **more))
 
@@ -85,9 +87,10 @@ def test_a_line_averages_the_steps_since_the_last(tmp_path: Path) -> None:
     assert (line["lr"], line["grad_norm"]) == (1e-3, 0.5)
     assert line["tokens_per_s"] == 8.0
     assert line["step_seconds"] == 2.0
-    assert line["seconds_split"] == {"data": 0.5, "compute": 3.0}
+    assert line["seconds_split"] == {"data": 0.5, "forward": 3.0}
     assert line["peak_memory"] > 2**20
-    assert line["mfu"] is None, "no peak is known for a CPU"
+    assert line["mfu"] is line["hfu"] is None, "no peak is known for a CPU"
+    assert line["tokens_per_s_device"] * session.lines("start")[0]["devices"] == pytest.approx(8.0)
     session.step(4, 2.0)
     assert session.lines("step")[-1]["loss"] == 2.5
 
@@ -386,9 +389,10 @@ def test_a_failure_waits_for_no_other_rank(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text())["reason"].startswith("too many")
 
 
-def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: None)
     single = Groups.single()
-    other = replace(single, world=replace(single.world, rank=1))
+    other = replace(single, world=replace(single.world, rank=1, size=2))
     meters = build_meters(
         make_run(), tmp_path, other, params_total=1, params_active=1, flops_per_token=1.0
     )

@@ -1,14 +1,11 @@
-"""The end of a run: summary.json, the results table, and W&B that never stops a training."""
+"""The end of a run: summary.json and the results table."""
 
 import io
 import json
-import logging
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +18,6 @@ from kalmagrove.config import KalmaGroveError
 from kalmagrove.parallel import Groups
 from kalmagrove.track import StepRecord, build_meters, results_table, write_summary
 from kalmagrove.track.summary import bits_per_byte, code_version, throughput
-from kalmagrove.track.wandb_sink import WandbSink, charted, run_id
 
 pytestmark = pytest.mark.unit
 
@@ -161,130 +157,3 @@ def test_commit_is_that_of_the_tree_the_package_lies_in(
     assert code_version() == head
     (package / "__init__.py").write_text("x = 1\n")
     assert code_version() == f"{head}-dirty"
-
-
-# Weights & Biases
-
-
-class FakeRun:
-    def __init__(self, broken: bool = False) -> None:
-        self.logged: list[dict[str, float]] = []
-        self.metrics: list[tuple[str, str]] = []
-        self.summary: dict[str, Any] = {}
-        self.finished: int | None = None
-        self.dir, self.broken = "/runs/tiny/wandb/offline-run-1/files", broken
-
-    def define_metric(self, name: str, step_metric: str) -> None:
-        self.metrics.append((name, step_metric))
-
-    def log(self, values: dict[str, float]) -> None:
-        if self.broken:
-            raise ConnectionError("gone")
-        self.logged.append(values)
-
-    def finish(self, exit_code: int) -> None:
-        self.finished = exit_code
-
-
-def fake(monkeypatch: pytest.MonkeyPatch, run: FakeRun) -> dict[str, Any]:
-    """Put `run` behind the module name; returns what `init` will have been given."""
-    given: dict[str, Any] = {}
-
-    def init(**arguments: Any) -> FakeRun:
-        given.update(arguments)
-        return run
-
-    module = SimpleNamespace(init=init, Settings=lambda **settings: settings)
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    return given
-
-
-def test_wandb_gets_groups_over_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = FakeRun()
-    given = fake(monkeypatch, run)
-    train(tmp_path, wandb="offline", every=1)
-    assert (given["mode"], given["dir"], given["project"]) == ("offline", tmp_path, "kalmagrove")
-    assert given["config"]["model"]["d_model"] == 8
-    assert "resume" not in given, "a second session must replace the first, not continue it"
-    assert ("train/*", "tokens") in run.metrics
-    step, _, val = run.logged
-    assert (step["tokens"], step["train/loss"], step["train/lr"]) == (16, 3.0, 1e-3)
-    assert {"perf/tokens_per_s", "cost/usd", "cost/device_seconds"} <= set(step)
-    assert (val["tokens"], val["val/val_loss"]) == (32, 3.25)
-    assert not any(name.startswith("val/") for name in step)
-    assert run.summary["val_loss_nats"] == 3.25
-    assert run.finished == 0
-
-
-def test_wandb_is_fed_the_whole_history_under_one_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = FakeRun(), FakeRun()
-    ids = []
-    for run, mode in ((first, "offline"), (second, "online")):
-        ids.append(fake(monkeypatch, run))
-        train(tmp_path, wandb=mode, every=1)
-    assert ids[0]["id"] == ids[1]["id"] == run_id("tiny", tmp_path)
-    assert run_id("tiny", tmp_path / "other") != ids[0]["id"]
-    assert [line["tokens"] for line in second.logged] == [16, 32, 32], "starting anew lost the old"
-    lines = [{"event": "step", "step": 1, "tokens": 16, "loss": 3.0}, {"event": "stop"}]
-    third = FakeRun()
-    fake(monkeypatch, third)
-    WandbSink(
-        "offline", tmp_path, "tiny", project="p", entity=None, config={}, history=lines
-    ).close({})
-    assert third.logged == [{"tokens": 16, "train/loss": 3.0, "train/step": 1}]
-
-
-def test_charts_hold_numbers_only() -> None:
-    line = {
-        "event": "step", "step": 2, "loss": None, "mfu": None, "lr": 0.1, "val_loss": 2.0,
-        "model": {"load_cv": 0.5}, "seconds_split": {"data": 1.0}, "comm": {"alltoall_bytes": 8.0},
-    }  # fmt: skip
-    assert charted(line) == {
-        "train/step": 2, "train/lr": 0.1, "model/load_cv": 0.5, "perf/data": 1.0,
-        "comm/alltoall_bytes": 8.0,
-    }  # fmt: skip
-    assert charted({"event": "checkpoint", "step": 2}) == {}
-
-
-def test_training_goes_on_without_wandb(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
-    with caplog.at_level(logging.WARNING):
-        assert train(tmp_path, wandb="offline", every=1)["status"] == "done"
-    assert len(caplog.records) == 1
-    assert "W&B stopped recording" in caplog.text
-
-
-def test_a_wandb_that_breaks_is_named_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    fake(monkeypatch, FakeRun(broken=True))
-    with caplog.at_level(logging.WARNING):
-        assert train(tmp_path, wandb="online", every=1)["steps"] == 2
-    assert [r.message for r in caplog.records] == [
-        "W&B stopped recording (ConnectionError: gone); training goes on and the ledger holds "
-        "everything. Use track.wandb=offline to record without a server"
-    ]
-
-
-def test_the_real_wandb_without_a_server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Nothing listens on the discard port: init fails within its timeout, training does not."""
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    with caplog.at_level(logging.WARNING):
-        sink = WandbSink("online", tmp_path, "tiny", project="p", entity=None, config={}, timeout=2)
-        sink.log({"event": "step", "tokens": 1, "loss": 1.0})
-        sink.close({})
-    assert "W&B stopped recording" in caplog.text
-
-
-def test_the_real_wandb_offline(tmp_path: Path) -> None:
-    train(tmp_path, wandb="offline", every=1)
-    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert list(folder.glob("*.wandb"))
-    assert f"wandb sync {folder}" in (tmp_path / "console.log").read_text()

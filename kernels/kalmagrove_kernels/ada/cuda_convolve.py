@@ -56,4 +56,9 @@ def unconvolve(
 
 
 def _library(x: Tensor, taps_PC: Tensor) -> jit.Library:
-    return jit.library("ada", x.device, DTYPE=jit.DTYPES[x.dtype], TAPS=len(taps_PC))
+    return jit.library("ada", x.device, **constants(len(taps_PC), x.dtype))
+
+
+def constants(taps: int, dtype: torch.dtype) -> dict[str, int]:
+    """What a build is made for."""
+    return {"DTYPE": jit.DTYPES[dtype], "TAPS": taps}

@@ -135,13 +135,12 @@ def _blocks(h_NM: Tensor, warps: int) -> int:
 
 
 def _library(h_NM: Tensor, shape: Shape) -> jit.Library:
-    return jit.library(
-        "edge",
-        h_NM.device,
-        DEGREE=shape.degree,
-        SLOTS=_slots(shape.edges),
-        DTYPE=jit.DTYPES[h_NM.dtype],
-    )
+    return jit.library("edge", h_NM.device, **constants(shape.degree, shape.edges, h_NM.dtype))
+
+
+def constants(degree: int, edges: int, dtype: torch.dtype) -> dict[str, int]:
+    """What a build is made for; dtype: of the pre-activations."""
+    return {"DEGREE": degree, "SLOTS": _slots(edges), "DTYPE": jit.DTYPES[dtype]}
 
 
 class _EdgeTopK(torch.autograd.Function):

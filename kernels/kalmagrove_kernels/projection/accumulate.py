@@ -184,4 +184,9 @@ def accumulate(a_SR: Tensor, w_CRD: Tensor, plan: Plan) -> Tensor:
 
 
 def _library(dtype: torch.dtype, device: torch.device) -> jit.Library:
-    return jit.library("projection", device, DTYPE=jit.DTYPES[dtype])
+    return jit.library("projection", device, **constants(dtype))
+
+
+def constants(dtype: torch.dtype) -> dict[str, int]:
+    """What a build is made for."""
+    return {"DTYPE": jit.DTYPES[dtype]}

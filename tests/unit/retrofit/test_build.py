@@ -283,6 +283,10 @@ def test_flops_of_a_model_of_the_usual_size() -> None:
     maps = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536) + 49152 * 576
     assert flops.forward == 2 * maps + 30 * 4 * 576 * 1025 / 2
     assert flops.backward < 0.5 * flops.forward
+    blocks = flops.forward - 2 * 49152 * 576
+    assert flops.repeated == pytest.approx(blocks * len(built.blocks) / 30)
+    assert flops.hardware(True) == flops.training + flops.repeated
+    assert flops.hardware(False) == flops.training
 
 
 def test_adopted_weights_are_those_given(base: str) -> None:

@@ -1,0 +1,18 @@
+"""What `kalmagrove plan` is given: a run, and the machines that it might go on."""
+
+from pydantic import PositiveInt
+
+from kalmagrove.config.cluster import Cluster
+from kalmagrove.config.run import Run
+
+
+class Plan(Run):
+    """`kalmagrove plan`: what a run would take on a cluster, and in which layout."""
+
+    steps: PositiveInt = 1  # not used: `tokens` says how long
+    cluster: Cluster
+    tokens: PositiveInt | None = None  # trained in all; null: 20 for each parameter
+    search: bool = True  # false: only the layout that is given
+    compare: tuple[str, ...] = ()  # other options of `model`, planned beside this one
+    show: PositiveInt = 8  # layouts listed
+    out: str | None = None  # file of the whole plan, JSON; null: none

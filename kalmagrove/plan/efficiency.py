@@ -1,0 +1,153 @@
+"""How much of a GPU's speed this code reaches, measured: the numbers that `time` predicts with.
+
+All are of one NVIDIA H200 (torch 2.11, Triton 3.6). Other GPUs are scaled by the peaks of their
+data sheets, which the plan marks as extrapolated. docs/cost.md says how good that is.
+"""
+
+from typing import NamedTuple
+
+from kalmagrove.config import Cluster
+from kalmagrove.track import peak_tflops
+
+KERNELS = "kernels/bench/results/kernels_h200_2026-11-27.json, commit 1b550a9"
+ADA = "kernels/bench/results/ada_h200_2026-11-27b.json, commit 1b550a9"
+MODELS = "kernels/bench/results/kan_1b_h200_2026-11-27.json, commit 1b550a9"
+BEFORE = "kernels/bench/results/kan_1b_h200_2026-11-22.json, commit 164da1b"
+LENGTHS = "kernels/bench/results/lengths_h200_2026-11-27.json, commit 1b550a9"
+LAYOUTS = "docs/results/layouts-2xh200.json, commit 7363eac"
+MEASURED_ON = "H200"
+
+
+class Measured(NamedTuple):
+    value: float
+    unit: str
+    what: str
+    source: str
+
+
+TABLE = {
+    "products": Measured(
+        0.70, "of peak FLOP/s", "matrix products in a model; 0.79 alone, at 8192^3",
+        f"`dense` and ceilings of {KERNELS}",
+    ),
+    "kan_products": Measured(
+        0.50, "of peak FLOP/s", "what a KAN layer's time grows by with its rank", KERNELS,
+    ),
+    "scores": Measured(
+        0.55, "of peak FLOP/s", "causal SDPA with heads of 128, in long rows", ADA,
+    ),
+    "scores_row": Measured(
+        350.0, "tokens", "rows in which SDPA reaches half of that", ADA,
+    ),
+    "copy": Measured(
+        0.88, "of memory speed", "a copy on the device: 4.23 of 4.8 TB/s", KERNELS,
+    ),
+    "kan_rows": Measured(
+        14.0, "bytes x k x D a token", "KAN layer: rows of pairs, both passes", KERNELS,
+    ),
+    "kan_masked": Measured(
+        38.0, "bytes x M x R a token", "the same without kernels: every edge", BEFORE,
+    ),
+    "ada": Measured(
+        151.0, "bytes x channel a token",
+        "ADA's convolution, norms, rotation, sums, gate, both passes", ADA,
+    ),
+    "ada_reference": Measured(
+        1630.0, "bytes x channel a token", "the same without kernels: fitted",
+        f"{BEFORE}; {MODELS}",
+    ),
+    "softmax": Measured(
+        269.0, "bytes x channel a token", "norms and rotation of q and k, in PyTorch: fitted",
+        f"{LENGTHS}, rows of 1,024",
+    ),
+    "stream": Measured(
+        180.0, "bytes x D a token", "two norms and two sums of a block, in PyTorch: fitted",
+        f"{MODELS}; {LENGTHS}",
+    ),
+    "hidden": Measured(
+        26.0, "bytes x hidden a token", "SwiGLU between its products", MODELS,
+    ),
+    "logits": Measured(
+        60.0, "bytes x word a token", "cross-entropy in fp32, in PyTorch", MODELS,
+    ),
+    "dispatch": Measured(
+        63.0, "bytes x D a choice", "rows to groves or experts and back, on one GPU",
+        f"docs/kernels.md (two sums of 0.5 ms), {KERNELS}",
+    ),
+    "optimizer": Measured(
+        122.0, "bytes a parameter held", "AdamW in fp32, norm, clipping, a step: fitted",
+        f"{MODELS}; {LENGTHS}",
+    ),
+    "sums": Measured(
+        10.0, "bytes a parameter", "gradients added in fp32, a micro-batch", MODELS,
+    ),
+    "gather": Measured(
+        0.75, "of link speed", "all-reduce, all-gather, reduce-scatter: 338 of 450 GB/s", LAYOUTS,
+    ),
+    "exchange": Measured(
+        0.62, "of link speed", "all-to-all: 276 to 282 of 450 GB/s", LAYOUTS,
+    ),
+    "network": Measured(
+        0.70, "of network speed", "assumed: no run on several machines was measured", "nowhere",
+    ),
+    "step": Measured(
+        0.015, "seconds a step", "the host between steps, never hidden", MODELS,
+    ),
+    "host": Measured(
+        0.0092, "seconds a layer and micro-batch", "the host; the GPU's work hides it", MODELS,
+    ),
+    "host_zero2": Measured(
+        0.0135, "seconds a layer and micro-batch", "the same with ZeRO 2", MODELS,
+    ),
+    "host_zero3": Measured(
+        0.0217, "seconds a layer and micro-batch", "the same with ZeRO 3", MODELS,
+    ),
+    "host_experts": Measured(
+        0.021, "seconds a layer and micro-batch", "more in layers of experts", LAYOUTS,
+    ),
+    "host_expert": Measured(
+        0.00025, "seconds an expert and micro-batch", "and for each expert on a rank", LAYOUTS,
+    ),
+    "host_groves_reference": Measured(
+        0.055, "seconds a layer and micro-batch", "more in grove layers without kernels", LAYOUTS,
+    ),
+    "host_groves": Measured(
+        0.0092, "seconds a layer and micro-batch", "more in grove layers with kernels: assumed to "
+        "be as much again as a layer, not measured", "nowhere",
+    ),
+}  # fmt: skip
+
+
+def of(name: str) -> float:
+    return TABLE[name].value
+
+
+# Memory GB and TB/s, GB/s to others of the machine, watts: data sheets (SXM boards).
+GPUS = {
+    "H200": (141.0, 4.8, 450.0, 700.0),
+    "H100": (80.0, 3.35, 450.0, 700.0),
+    "A100": (80.0, 2.04, 300.0, 400.0),
+}
+
+
+def machine_of(gpu: str, gpus: int, usd_per_gpu_hour: float | None) -> Cluster | None:
+    """`gpus` of the name that CUDA gives, taken to be SXM boards of one machine; None: unknown."""
+    known = next((name for name in GPUS if name in gpu), None)
+    peak = peak_tflops(gpu)
+    if known is None or peak is None or "PCIe" in gpu or "NVL" in gpu:
+        return None
+    memory, speed, link, watts = GPUS[known]
+    return Cluster(
+        name=f"{gpu} x {gpus}",
+        gpu=gpu,
+        gpus=gpus,
+        gpus_per_node=gpus,
+        memory_gb=memory,
+        memory_tbs=speed,
+        peak_tflops=peak,
+        link_gbs=link,
+        network_gbs=link,
+        watts=watts,
+        usd_per_gpu_hour=usd_per_gpu_hour,
+        basis="data sheets, all GPUs in one machine",
+    )

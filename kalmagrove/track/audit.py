@@ -1,0 +1,125 @@
+"""Whether a ledger is whole and adds up: what `kalmagrove ledger verify` says.
+
+Digests tell of lines that were changed, taken out or put in by hand; who changes all digests behind
+them as well is not found. Ledgers of older versions have none, nor phases: theirs are passed over.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kalmagrove.config import KalmaGroveError
+from kalmagrove.track.ledger import FIRST, Line, line_digest
+
+DIGEST = re.compile(r'^(?P<body>.*), "digest": "(?P<digest>[0-9a-f]{12})"\}$')
+CUMULATIVE = ("device_seconds", "wall_seconds", "usd")  # over all sessions
+WITHIN = ("step", "tokens", "mono")  # in one session
+TOLERANCE = 0.01  # of a session's wall clock
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong, with the numbers of the lines; empty if nothing is.
+
+    Raises:
+        KalmaGroveError: if there is no ledger, or nothing in it.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise KalmaGroveError(f"{path} cannot be read ({error.strerror})") from None
+    if not content:
+        raise KalmaGroveError(f"{path} holds no line")
+    found: list[tuple[int, str]] = []
+    lines: list[tuple[int, Line]] = []
+    before = ""
+    raw = content.splitlines()
+    for number, text in enumerate(raw, start=1):
+        line = _parse(text)
+        if line is None:
+            torn = number == len(raw)
+            what = "is torn: a kill came while it was written" if torn else "is no ledger line"
+            found.append((number, what))
+            continue
+        wrong = _changed(text.decode(), before)
+        before = line.get("digest", "")
+        if wrong:
+            found.append((number, wrong))
+        lines.append((number, line))
+    found += _wrong(lines)
+    return [f"line {number} {wrong}" for number, wrong in sorted(found)]
+
+
+def _parse(text: bytes) -> Line | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and "event" in line else None
+
+
+def _changed(text: str, before: str) -> str | None:
+    """before: the digest of the line before; "" if it has none."""
+    match = DIGEST.match(text)
+    if match is None:
+        return "has no digest, but the one before it has" if before else None
+    if line_digest(before, match["body"]) == match["digest"]:
+        return None
+    return "was changed, or lines before it were taken out or put in"
+
+
+def _wrong(lines: list[tuple[int, Line]]) -> Iterator[tuple[int, str]]:
+    """What does not add up."""
+    if lines and lines[0][1]["event"] not in FIRST:
+        yield lines[0][0], "begins no session: the ledger's beginning is missing"
+    first: Line | None = None
+    last: Line = {}
+    for number, line in lines:
+        if line["event"] in FIRST:
+            first = line
+            lost = max(0, last.get("step", 0) - line["step"])
+            if line.get("lost_steps") != lost:
+                yield number, f"tells of {line.get('lost_steps')} lost steps, but {lost} were lost"
+        for key in CUMULATIVE if line is first else (*CUMULATIVE, *WITHIN):
+            old, new = last.get(key), line.get(key)
+            if key == "usd" and last and old is None and new is not None:
+                yield number, "has dollars, but earlier ones are unknown"
+            elif old is not None and new is not None and new < old:
+                yield number, f"goes back in {key}: {new} after {old}"
+        if first is not None:
+            for wrong in (*_phases(first, line), *_cost(first, line)):
+                yield number, wrong
+        last = line
+
+
+def _phases(first: Line, line: Line) -> Iterator[str]:
+    """Whether a line's phases are parts that add up to the session's wall clock."""
+    if "phases" not in line or "phases" not in first:
+        return
+    whole, start = sum(line["phases"].values()), sum(first["phases"].values())
+    slack = TOLERANCE * whole + 0.05
+    if min(line["phases"].values()) < -slack:
+        yield f"has phases longer than the {whole:.3f} s of the session"
+    for name, wall in (
+        ("clock", line["mono"] - first["mono"]),
+        ("wall_seconds", line["wall_seconds"] - first["wall_seconds"]),
+    ):
+        if abs(whole - start - wall) > slack:
+            yield f"has phases of {whole - start:.3f} s where {name} gives {wall:.3f} s"
+
+
+def _cost(first: Line, line: Line) -> Iterator[str]:
+    """Whether device-seconds and dollars follow from the wall clock."""
+    if "wall_seconds" not in first or "devices" not in first:
+        return
+    wall, paid = (line[key] - first[key] for key in ("wall_seconds", "device_seconds"))
+    if abs(wall * first["devices"] - paid) > 0.002 * first["devices"]:
+        yield f"has {paid:.3f} device-seconds for {wall:.3f} s of {first['devices']} devices"
+    others: list[Any] = [first.get("usd_per_kwh"), first.get("usd_per_gb_month")]
+    rate, usd, before = first.get("usd_per_device_hour"), line["usd"], first["usd"]
+    if rate is None or usd is None or before is None or any(others):
+        return
+    due = rate * paid / 3600
+    if abs(usd - before - due) > 2e-6 + rate * 0.002 / 3600:
+        yield f"has ${usd - before:.6f} for {paid:.3f} device-seconds that cost ${due:.6f}"

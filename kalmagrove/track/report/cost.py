@@ -1,0 +1,147 @@
+"""What a run cost: where its time went, its budget, and what happened to it."""
+
+from collections.abc import Sequence
+
+from kalmagrove.track.ledger import FIRST, Line
+from kalmagrove.track.report.figures import NO_STEP, REST, TOKENS, bars, lines, percent
+from kalmagrove.track.report.markup import Figure, dollars, duration, number
+from kalmagrove.track.report.source import RunData, values
+from kalmagrove.track.report.svg import Axis, Series
+
+FAR = 5  # times the largest figure: a budget above that would flatten the lines
+
+
+def hours(runs: Sequence[RunData]) -> list[Figure]:
+    """What was paid for: where the device-hours went."""
+    parts: dict[str, list[float]] = {}
+    for i, run in enumerate(runs):
+        for name, share in spent(run).items():
+            parts.setdefault(name, [0.0] * len(runs))[i] = share
+    note = "Of all that was paid for. Other: what none of these has measured."
+    lost = [run for run in runs if run.history.lost.device_seconds and _phases(run)]
+    for run in lost:
+        seconds = number(run.history.lost.device_seconds)
+        note += f" {run.name}: {seconds} device-seconds of it were lost work."
+    return [
+        bars(
+            "hours", "Where the time went", [run.name for run in runs], parts,
+            Axis("share of the device-seconds", percent, True), note=note,
+            absent="no time is written down yet",
+        )
+    ]  # fmt: skip
+
+
+def spent(run: RunData) -> dict[str, float]:
+    """Shares of all device-seconds, by phase; of a ledger without phases, what its lines tell."""
+    whole = run.history.spent.device_seconds
+    if not whole:
+        return {}
+    found = _phases(run) or _told(run)
+    rest = max(0.0, whole - sum(found.values()))
+    found[REST] = found.get(REST, 0.0) + rest
+    return {name: seconds / whole for name, seconds in found.items()}
+
+
+def _phases(run: RunData) -> dict[str, float]:
+    """Device-seconds, of the last line of every session; nothing if one has none."""
+    ends: list[tuple[Line, int]] = []
+    for line in run.history.lines:
+        if line["event"] in FIRST:
+            ends.append((line, line.get("devices", 1)))
+        elif ends:
+            ends[-1] = line, ends[-1][1]
+    found: dict[str, float] = {}
+    for line, devices in ends:
+        if not line.get("phases"):
+            return {}
+        for name, seconds in line["phases"].items():
+            label = REST if name == "idle" else name
+            found[label] = found.get(label, 0.0) + seconds * devices
+    return found
+
+
+def _told(run: RunData) -> dict[str, float]:
+    """Device-seconds of steps that lasted, evaluations, checkpoints, and lost work."""
+    devices, found = 1, dict.fromkeys(("training", "evaluation", "checkpoint"), 0.0)
+    for line in run.history.effective():
+        devices = line.get("devices", devices)
+        kinds = {"step": "training", "eval": "evaluation", "checkpoint": "checkpoint"}
+        if kind := kinds.get(line["event"]):
+            found[kind] += devices * (line.get("train_seconds") or line.get("seconds") or 0.0)
+    return found | {"lost work": run.history.lost.device_seconds}
+
+
+def budget(runs: Sequence[RunData]) -> Figure:
+    """Dollars spent and projected against tokens, below the budget if there is one."""
+    series = []
+    for i, run in enumerate(runs):
+        one, tokens = len(runs) == 1, [line["tokens"] for line in run.steps]
+        name, style = ("projected", 1) if one else (f"{run.name}, projected", i)
+        ahead = values(run.steps, "usd_projected")
+        series += [
+            Series("spent" if one else run.name, tokens, values(run.steps, "usd"), i),
+            Series(name, tokens, ahead, style, faint=not one),
+        ]
+        if one:
+            series += [
+                Series(f"{end} of the projection", tokens, told, 1, faint=True)
+                for end, told in zip(("low end", "high end"), _interval(run), strict=True)
+            ]
+    limits = [(limit, run.name) for run in runs if (limit := caps(run).get("usd")) is not None]
+    most = max((value for line in series for _, value in line.points()), default=0.0)
+    near = [limit <= FAR * most for limit, _ in limits]
+    levels = [
+        (limit, "budget" if len(runs) == 1 else f"budget of {name}")
+        for (limit, name), drawn in zip(limits, near, strict=True)
+        if drawn
+    ]
+    note = "" if limits else "No budget in dollars was set."
+    for (limit, name), drawn in zip(limits, near, strict=True):
+        note += "" if drawn else f" Far above, not drawn: the budget of {name}, {dollars(limit)}."
+    if any(line.faint and line.points() for line in series) and len(runs) == 1:
+        note += " Thin: the projection's 90% interval."
+    axis = Axis("US dollars", dollars, True)
+    absent = "the price is unknown (price=NAME)"
+    if not any(run.steps for run in runs):
+        absent = NO_STEP
+    return lines("budget", "Budget", series, TOKENS, axis, absent, levels=levels, note=note)
+
+
+def _interval(run: RunData) -> tuple[list[float | None], list[float | None]]:
+    """Ends of the projected dollars."""
+    low = values(run.steps, lambda line: (line.get("usd_interval") or [None, None])[0])
+    high = values(run.steps, lambda line: (line.get("usd_interval") or [None, None])[1])
+    return low, high
+
+
+def caps(run: RunData) -> dict[str, float]:
+    """The limits that were set: usd, hours, tokens."""
+    given = (run.config or {}).get("budget") or {}
+    return {name: cap for name, cap in given.items() if cap is not None}
+
+
+def sessions(run: RunData) -> list[list[str]]:
+    """Everything but steps, evaluations and checkpoints, in words."""
+    rows = []
+    for line in run.history.lines:
+        event, told = line["event"], ""
+        if event in FIRST:
+            told = (
+                f"processes: {line.get('world_size', 'unknown')}, {line.get('unit', 'device')}s: "
+            )
+            told += f"{line.get('devices', 'unknown')}, {line.get('price', 'price unknown')}"
+            if line.get("lost_steps") or line.get("lost_device_seconds"):
+                lost = line["lost_device_seconds"]
+                told += f"; lost {line['lost_steps']:,} steps, {number(lost)} device-seconds"
+        elif event == "skip":
+            told = f"no update: {line.get('reason', 'not finite')}"
+        elif event == "budget":
+            told = f"{percent(line['share'])} of budget.{line['cap']}={line['limit']:g} is used"
+        elif event == "refit":
+            told = f"spline grids moved to their data: {len(line.get('grids', {})):,}"
+        elif event == "stop":
+            told = ": ".join(str(line[key]) for key in ("status", "reason") if key in line)
+        elif event in ("step", "eval", "checkpoint"):
+            continue
+        rows.append([event, f"{line['step']:,}", duration(run.seconds[id(line)]), told])
+    return rows

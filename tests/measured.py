@@ -1,0 +1,106 @@
+"""The measured trainings of the repository's result files, each beside its prediction.
+
+`python -m tests.measured` prints the table of docs/cost.md.
+"""
+
+import copy
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kalmagrove.cli.bench_lengths import DEFAULTS, contenders
+from kalmagrove.cli.compose import compose_tree
+from kalmagrove.config import Run, load
+from kalmagrove.plan import Prediction, predicted
+from kalmagrove.plan.efficiency import machine_of
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = ROOT / "kernels/bench/results"
+# What a commit before the kernels of ADA, or before all kernels, ran.
+BEFORE = {
+    "164da1b": ["model.attention.ada.form=chunked"],
+    "133198c": ["model.attention.ada.form=chunked", "model.backend=reference"],
+    "7363eac": ["model.attention.ada.form=chunked", "model.backend=reference"],
+}
+
+
+class Row(NamedTuple):
+    group: str
+    name: str
+    prediction: Prediction
+    seconds: float  # of a step, median
+    peak_bytes: int
+
+    @property
+    def time_error(self) -> float:
+        return self.prediction.step_seconds / self.seconds - 1
+
+    @property
+    def memory_error(self) -> float:
+        return self.prediction.peak_bytes / self.peak_bytes - 1
+
+
+def rows() -> Iterator[Row]:
+    for path in (
+        BENCH / "kan_1b_h200_2026-11-27.json",
+        BENCH / "kan_1b_h200_2026-11-22.json",
+        ROOT / "docs/results/layouts-2xh200.json",
+    ):
+        for record in json.loads(path.read_text())["runs"]:
+            yield from _layouts(path.stem, record)
+    yield from _lengths(BENCH / "lengths_h200_2026-11-27.json")
+
+
+def _layouts(group: str, record: dict[str, Any]) -> Iterator[Row]:
+    words = [word for word in record["command"].split()[3:] if "=" in word]
+    chosen = [word for word in words if word.startswith(("ffn=", "model.backend="))]
+    words += BEFORE.get(record["commit"], [])
+    tree = compose_tree("train", words)
+    for layout in record["layouts"]:
+        run = load(_with(tree, layout["overrides"]))
+        name = ", ".join([*chosen, layout["layout"]])
+        seconds = statistics.median(layout["step_seconds"])
+        yield _row(group, name, run, record["ranks"], seconds, layout["peak_bytes"])
+
+
+def _with(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A layout's `section.key=value`, without composing anew: numbers and booleans."""
+    changed = copy.deepcopy(tree)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        section, name = key.split(".")
+        changed[section][name] = json.loads(value)
+    return changed
+
+
+def _lengths(path: Path) -> Iterator[Row]:
+    first = {
+        contender.attention: contender.first
+        for contender in contenders(["ada", "hybrid", "softmax"], (1024,), 131072, DEFAULTS)
+    }
+    for record in json.loads(path.read_text())["records"]:
+        name, length = record["attention"], record["length"]
+        run = first[name]
+        data = run.data.model_copy(update={"seq_len": length})
+        batch = run.batch.model_copy(update={"micro": 131072 // length})
+        run = run.model_copy(update={"data": data, "batch": batch})
+        seconds = statistics.median(record["step_seconds"])
+        yield _row(path.stem, f"{name}, rows of {length:,}", run, 1, seconds, record["peak_bytes"])
+
+
+def _row(group: str, name: str, run: Run, ranks: int, seconds: float, peak: int) -> Row:
+    cluster = machine_of("NVIDIA H200", ranks, None)
+    assert cluster is not None
+    return Row(group, name, predicted(run, cluster, run.batch.tokens), seconds, peak)
+
+
+if __name__ == "__main__":
+    for row in rows():
+        print(
+            f"| {row.group} | {row.name} | {row.seconds * 1e3:,.0f} | "
+            f"{row.prediction.step_seconds * 1e3:,.0f} | {row.time_error:+.1%} | "
+            f"{row.peak_bytes / 1e9:.1f} | {row.prediction.peak_bytes / 1e9:.1f} | "
+            f"{row.memory_error:+.1%} |"
+        )
