@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: setup train test test-unit test-dist test-e2e test-slurm test-matrix test-docker lint audit format wheel clean
+.PHONY: setup train test test-more coverage test-unit test-dist test-e2e test-slurm test-matrix test-docker lint audit format wheel clean
 
 setup: $(READY)
 
@@ -24,12 +24,19 @@ train: $(READY)
 	$(BIN)/kalmagrove train experiment=quickstart $(ARGS)
 
 # Speed of the tests: unit tests share the cores, tests that start processes of their own run alone.
-# Coverage slows down those processes, and Triton's interpreter, whose kernels it does not see.
 test: lint
+	$(BIN)/python -m pytest tests/unit tests/kernels -n 2 $(ARGS)
+	$(BIN)/python -m pytest tests/dist tests/e2e tests/golden tests/gpu $(addprefix --ignore=,$(MORE)) --durations=12 $(ARGS)
+
+# Tests of single commands that `test` leaves out for time: about five minutes.
+MORE := tests/dist/test_retrofit.py $(addprefix tests/e2e/test_,docker.py doctor.py evaluate.py report.py sweep.py)
+test-more: $(READY)
+	$(BIN)/python -m pytest $(MORE) --durations=12 $(ARGS)
+
+# Coverage slows the tests down by two thirds; of Triton's interpreter and started processes it sees nothing.
+coverage: $(READY)
 	$(BIN)/coverage erase
 	$(BIN)/python -m pytest tests/unit -n 2 --cov --cov-report=term:skip-covered $(ARGS)
-	$(BIN)/python -m pytest tests/kernels -n 2 $(ARGS)
-	$(BIN)/python -m pytest tests/dist tests/e2e tests/golden tests/gpu --durations=12 $(ARGS)
 
 test-unit: $(READY)
 	$(BIN)/python -m pytest tests/unit tests/kernels -n 2 $(ARGS)

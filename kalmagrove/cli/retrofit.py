@@ -174,8 +174,7 @@ def _make(
     given = run if warm else run.model_copy(update={"warm_start": WarmStart()})
     sample = _sample(prepared, run) if warm else []
     built = build(given, prepared.tokenizer.size, sample, groups.device)
-    if not begun:
-        by_main(groups, lambda: _report(folder, run, built))
+    by_main(groups, lambda: _report(folder, run, built, keep=begun))
     if run.train == "none":
         by_main(groups, lambda: run_folder.settle(folder, run, prepared.tokenizer))
         by_main(groups, lambda: _export(folder, built.inner, None))
@@ -193,8 +192,10 @@ def _sample(prepared: "Prepared", run: Retrofit) -> "list[torch.Tensor]":
     return [next(batches)["tokens"] for _ in range(-(-rows // run.batch.micro))]
 
 
-def _report(folder: Path, run: Retrofit, built: "Built") -> None:
-    """Say what was done to the model, and keep it."""
+def _report(folder: Path, run: Retrofit, built: "Built", *, keep: bool) -> None:
+    """Say what was done to the model, and write it down; `keep`: unless that was done before."""
+    if keep and (folder / REPORT).is_file():
+        return
     trainable = built.trainable
     fits = {str(number): asdict(fit) for number, fit in built.fits.items()}
     tree = {
