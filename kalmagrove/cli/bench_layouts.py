@@ -3,16 +3,15 @@
 The words are those of `kalmagrove train`; without a launcher this starts the processes itself.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from kalmagrove.cli import launch
+from kalmagrove.cli.arguments import Parser
 from kalmagrove.cli.compose import compose_tree
 from kalmagrove.config import ConfigError, KalmaGroveError, Run, load
 
@@ -31,17 +30,12 @@ example: kalmagrove bench layouts model=kan_1b batch.tokens=65536 data.seq_len=2
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("bench layouts", message, "is not understood", "see --help")
-
-
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says; returns the exit code."""
     if {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0
-    parser = _Parser(prog="kalmagrove bench layouts", usage=USAGE, add_help=False)
+    parser = Parser("bench layouts", USAGE, "see --help")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--only", default="")
     parser.add_argument("--out", type=Path)

@@ -3,14 +3,14 @@
 The words are those of `kalmagrove train`; everything happens in this process.
 """
 
-import argparse
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from kalmagrove.cli import launch
+from kalmagrove.cli.arguments import Parser
 from kalmagrove.cli.compose import compose_tree
 from kalmagrove.config import ConfigError, KalmaGroveError, Run, load
 
@@ -58,17 +58,12 @@ example: kalmagrove bench lengths --lengths 2048,16384 --attentions ada,softmax 
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("bench lengths", message, "is not understood", "see --help")
-
-
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says; returns the exit code: 1 if nothing could be measured."""
     if {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0
-    parser = _Parser(prog="kalmagrove bench lengths", usage=USAGE, add_help=False)
+    parser = Parser("bench lengths", USAGE, "see --help")
     parser.add_argument("--attentions", default="ada,hybrid,softmax")
     parser.add_argument("--lengths", type=_numbers, default=LENGTHS)
     parser.add_argument("--tokens", type=int, default=131072)

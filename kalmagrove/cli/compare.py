@@ -1,11 +1,10 @@
 """`kalmagrove compare FOLDER`: the arms of a study of retrofits, side by side, with a verdict."""
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from kalmagrove.cli.arguments import Parser
 from kalmagrove.config import ConfigError, DataError
 
 USAGE = """kalmagrove compare: the arms of a study side by side, with a plain verdict
@@ -25,17 +24,12 @@ out and named; all arms need the same seeds.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("compare", message, "is not understood", "see --help")
-
-
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says; returns the exit code."""
     if not argv or {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0 if argv else 2
-    parser = _Parser(prog="kalmagrove compare", usage=USAGE, add_help=False)
+    parser = Parser("compare", USAGE, "see --help")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--suite")
     parser.add_argument("--reference")

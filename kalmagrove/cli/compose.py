@@ -9,7 +9,6 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
@@ -21,19 +20,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import kalmagrove
 from kalmagrove.config import BudgetReached, ConfigError, KalmaGroveError
+from kalmagrove.config.place import conf_dir
 
 HYDRA_VERSION_BASE = "1.3"
 STOPPED = (75, 130)  # exit codes of a run that was asked to stop
 S = TypeVar("S")
-
-
-def conf_dir() -> Path:
-    """The configuration folder: inside the installed package, or beside it in the repository."""
-    package = Path(kalmagrove.__file__).resolve().parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
 
 
 def compose_tree(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """`kalmagrove doctor`: what is wrong with this machine, and between the ranks of a run."""
 
-import argparse
 import json
 import os
 import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from kalmagrove.cli import launch
+from kalmagrove.cli.arguments import Parser
 from kalmagrove.cli.compose import compose_tree
 from kalmagrove.cli.session import set_up_logging
 from kalmagrove.config import ConfigError, Run, load
@@ -32,17 +32,12 @@ example: kalmagrove doctor --nproc 8 dir=/shared/runs data.cache=/scratch/tokens
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("doctor", message, "is not understood", "see kalmagrove doctor --help")
-
-
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says; returns the exit code."""
     if {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0
-    parser = _Parser(prog="kalmagrove doctor", usage=USAGE, add_help=False)
+    parser = Parser("doctor", USAGE)
     parser.add_argument("--nproc", type=int, default=1)
     parser.add_argument("--json", type=Path)
     chosen, words = parser.parse_known_args(argv)

@@ -2,14 +2,13 @@
 the shell that did is still there.
 """
 
-import argparse
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from kalmagrove.cli.arguments import Parser
 from kalmagrove.cli.slurm import Job, rank_logs, recorded, wait
 from kalmagrove.cli.sweep import summary_of
 from kalmagrove.config import ConfigError, KalmaGroveError
@@ -29,11 +28,6 @@ PATH is the folder of a run, or of runs; `runs` if none is given to list.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("jobs", message, "is not understood", "see kalmagrove jobs --help")
-
-
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says; returns the exit code."""
     if {"-h", "--help"} & set(argv):
@@ -41,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     words = list(argv)
     action = words.pop(0) if words and words[0] in ("list", "follow", "cancel") else "list"
-    parser = _Parser(prog="kalmagrove jobs", usage=USAGE, add_help=False)
+    parser = Parser("jobs", USAGE)
     parser.add_argument("paths", type=Path, nargs="*" if action == "list" else "+")
     if action == "follow":
         parser.add_argument("--poll", type=float, default=5.0)

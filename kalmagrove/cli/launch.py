@@ -31,6 +31,20 @@ def launched_world_size() -> int | None:
     return None
 
 
+def launched(in_sweep: bool) -> bool:
+    """Whether a launcher started this process, which then is one rank of one run.
+
+    Raises:
+        ConfigError: it was given a sweep.
+    """
+    if launched_world_size() is None:
+        return False
+    if in_sweep:
+        rule, remedy = "starts the processes of its runs itself", "leave out the launcher"
+        raise ConfigError("argument", "-m", rule, remedy)
+    return True
+
+
 def launched_rank() -> int:
     """This process's rank, as its launcher says; 0 if none did."""
     if launched_world_size() is None:

@@ -5,8 +5,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from kalmagrove.cli.arguments import Parser
 from kalmagrove.cli.compose import read_yaml
 from kalmagrove.config import ConfigError, KalmaGroveError
 
@@ -34,17 +35,12 @@ CURVES = 6  # functions of a layer
 LARGE = 8e9  # bytes of a checkpoint that is not opened unasked
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("report", message, "is not understood", "see --help")
-
-
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says; returns the exit code."""
     if not argv or {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0 if argv else 2
-    parser = _Parser(prog="kalmagrove report", usage=USAGE, add_help=False)
+    parser = Parser("report", USAGE, "see --help")
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--serve", nargs="?", type=int, const=PORT)

@@ -24,7 +24,7 @@ from kalmagrove.cli.session import (
     saved_tree,
     set_up_logging,
 )
-from kalmagrove.config import ConfigError, KalmaGroveError, Suite
+from kalmagrove.config import KalmaGroveError, Suite
 from kalmagrove.config.retrofit_run import Retrofit, WarmStart, retrofit_of
 
 if TYPE_CHECKING:
@@ -68,10 +68,7 @@ def checked(tree: dict[str, Any]) -> Retrofit:
 
 
 def _start(run: Retrofit, in_sweep: bool) -> int:
-    if launch.launched_world_size() is not None:
-        if in_sweep:
-            rule, remedy = "starts the processes of its runs itself", "leave out the launcher"
-            raise ConfigError("argument", "-m", rule, remedy)
+    if launch.launched(in_sweep):
         return retrofit_on_this_rank(run)
     launch.check_here(run)
     folder = run_folder.choose(run)
@@ -309,19 +306,20 @@ def _held_out_nats(
     import torch
 
     from kalmagrove.data import val_batches
-    from kalmagrove.parallel import all_reduce_sum
+    from kalmagrove.engine import mean_nats
     from kalmagrove.retrofit import find
     from kalmagrove.retrofit.model import IGNORED, LanguageModel
 
     model = LanguageModel(inner, find(inner)).eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=groups.device)
-    with torch.no_grad():
-        for batch in val_batches(prepared, run, groups.dp.rank, groups.dp.size):
-            moved = {k: v.to(groups.device) for k, v in batch.items() if torch.is_tensor(v)}
-            loss = model(**moved, normalizer=1.0).loss
-            sums += torch.stack([loss.double(), (moved["targets"] != IGNORED).sum().double()])
-    all_reduce_sum(sums, groups.dp)
-    return float(sums[0] / sums[1])
+
+    @torch.no_grad()
+    def eval_loss(batch: dict[str, Any]) -> "tuple[torch.Tensor, torch.Tensor]":
+        moved = {k: v.to(groups.device) for k, v in batch.items() if torch.is_tensor(v)}
+        loss = model(**moved, normalizer=1.0).loss
+        return loss.double(), (moved["targets"] != IGNORED).sum()
+
+    held_out = val_batches(prepared, run, groups.dp.rank, groups.dp.size)
+    return mean_nats(eval_loss, held_out, groups)[0]
 
 
 def _facts(groups: "Groups", prepared: "Prepared", nats: float) -> dict[str, Any]:

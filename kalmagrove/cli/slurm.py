@@ -20,9 +20,9 @@ from pathlib import Path
 
 import kalmagrove
 from kalmagrove.cli import launch, run_folder
-from kalmagrove.cli.compose import conf_dir
 from kalmagrove.cli.sweep import summary_of
 from kalmagrove.config import ConfigError, KalmaGroveError, Slurm, Training
+from kalmagrove.config.place import conf_dir
 
 ENDED = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"),

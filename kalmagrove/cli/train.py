@@ -19,7 +19,7 @@ from kalmagrove.cli.session import (
     saved_tree,
     set_up_logging,
 )
-from kalmagrove.config import ConfigError, KalmaGroveError, Run, load
+from kalmagrove.config import KalmaGroveError, Run, load
 
 if TYPE_CHECKING:  # torch is imported only once the configuration is known to work
     from kalmagrove.data import Prepared
@@ -50,10 +50,7 @@ def _start(run: Run, dry_run: bool, in_sweep: bool) -> int:
 
         describe(run, world_size)
         return 0
-    if launch.launched_world_size() is not None:
-        if in_sweep:
-            rule, remedy = "starts the processes of its runs itself", "leave out the launcher"
-            raise ConfigError("argument", "-m", rule, remedy)
+    if launch.launched(in_sweep):
         return train_on_this_rank(run)
     launch.check_here(run)
     folder = run_folder.choose(run)

@@ -7,7 +7,7 @@ from kalmagrove.engine.checkpoint import State, load_weights, resume, save
 from kalmagrove.engine.checkpoint_files import find_checkpoints, read_state
 from kalmagrove.engine.connect import connect, disconnect
 from kalmagrove.engine.engine import Engine, build_engine
-from kalmagrove.engine.loop import Outcome, evaluate, fit
+from kalmagrove.engine.loop import Outcome, evaluate, fit, mean_nats
 from kalmagrove.engine.weights import whole_weights
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "find_checkpoints",
     "fit",
     "load_weights",
+    "mean_nats",
     "read_state",
     "resume",
     "save",

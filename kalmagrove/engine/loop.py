@@ -5,12 +5,13 @@ no price: batches are iterated, meters are told.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from kalmagrove.config import (
     BudgetReached,
@@ -25,7 +26,7 @@ from kalmagrove.engine.engine import Batch, Engine
 from kalmagrove.engine.profile import StepProfiler
 from kalmagrove.engine.refit import refit_grids
 from kalmagrove.engine.signals import StopRequest
-from kalmagrove.parallel import all_reduce_sum, any_rank, barrier
+from kalmagrove.parallel import Groups, all_reduce_sum, any_rank, barrier
 from kalmagrove.track.records import GridRefit, StepRecord
 
 log = logging.getLogger(__name__)
@@ -240,17 +241,28 @@ def _give_up(engine: Engine, state: State, run: Training, reason: str) -> None:
 
 
 def evaluate(engine: Engine, val_batches: Iterable[Batch]) -> tuple[float, int]:
+    """`mean_nats` of the engine's model."""
+    return mean_nats(engine.eval_loss, val_batches, engine.groups)
+
+
+def mean_nats(
+    eval_loss: Callable[[Batch], tuple[Tensor, Tensor]],
+    val_batches: Iterable[Batch],
+    groups: Groups,
+) -> tuple[float, int]:
     """Mean cross-entropy in nats per target token over all ranks' batches, and their number of
     target tokens. All ranks call it.
+
+    Args:
+        eval_loss: of a batch the summed cross-entropy and the number of target tokens, on
+            `groups.device`; see `Engine.eval_loss`.
     """
-    device = engine.groups.device
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    count = torch.zeros((), dtype=torch.int64, device=device)
+    nats = torch.zeros((), dtype=torch.float64, device=groups.device)
+    count = torch.zeros((), dtype=torch.int64, device=groups.device)
     for batch in val_batches:
-        batch_nats, batch_count = engine.eval_loss(batch)
+        batch_nats, batch_count = eval_loss(batch)
         nats += batch_nats
         count += batch_count
-    groups = engine.groups
     all_reduce_sum(nats, groups.dp_cp)
     all_reduce_sum(count, groups.dp)
     if not int(count):

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-import kalmagrove
 from kalmagrove.config import ConfigError, Suite, validate
+from kalmagrove.config.place import conf_dir
 
 TASKS = Path(__file__).parent / "tasks"
 SEED = 1234  # of the examples' choice, as in lm-eval
@@ -42,9 +42,7 @@ def load_suite(name: str) -> Suite:
     Raises:
         ConfigError: if there is none of this name.
     """
-    package = Path(kalmagrove.__file__).resolve().parent
-    inside = package / "conf"  # of an installed package; in the repository beside it
-    folder = (inside if inside.is_dir() else package.parent / "conf") / "suite"
+    folder = conf_dir() / "suite"
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
         raise ConfigError("suite", name, "is not an option", f"try {', '.join(known)}")

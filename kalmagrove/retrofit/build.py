@@ -20,7 +20,7 @@ from kalmagrove.retrofit.freeze import Trainable, freeze
 from kalmagrove.retrofit.mlp import INIT_STD, SwiGLU, matching_hidden
 from kalmagrove.retrofit.model import LanguageModel
 from kalmagrove.retrofit.structure import RECORD, Structure, find
-from kalmagrove.retrofit.swap import Swapped, swap
+from kalmagrove.retrofit.swap import swap
 
 log = logging.getLogger(__name__)
 ROUND = 64  # a vocabulary that grows or is new is padded to a multiple of it
@@ -37,7 +37,6 @@ class Built:
     structure: Structure
     blocks: tuple[int, ...]
     trainable: Trainable
-    swapped: Swapped | None = None
     fits: dict[int, FitReport] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -70,7 +69,7 @@ def build(
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     if run.warm_start.tokens:
         seen = watch(inner, structure, chosen, sample, device or torch.device("cpu"))
-    swapped = replace(run, inner, structure, chosen)
+    replace(run, inner, structure, chosen)
     if run.replace == "kan":
         set_backend(inner, resolve_polynomial(run.backend, device or torch.device("cpu")))
     fits = imitate(structure, run.warm_start.ridge, seen) if seen else {}
@@ -81,7 +80,6 @@ def build(
         structure,
         chosen,
         trainable,
-        swapped,
         fits,
         (*notes, *trainable.notes),
     )
@@ -137,17 +135,15 @@ def fresh(scratch: dict[str, Any], vocabulary: int, seed: int) -> Any:
         ) from None
 
 
-def replace(
-    run: Retrofit, inner: Any, structure: Structure, chosen: tuple[int, ...]
-) -> Swapped | None:
+def replace(run: Retrofit, inner: Any, structure: Structure, chosen: tuple[int, ...]) -> None:
     """Put in what `run.replace` says."""
     if run.replace == "none":
-        return None
+        return
     std = float(getattr(inner.config.get_text_config(), "initializer_range", INIT_STD))
     if run.replace == "restart":
         for number in chosen:
             restart(structure.feed_forwards()[number], std)
-        return None
+        return
     tree = None if run.ffn is None else run.ffn.model_dump(mode="json")
     if run.replace == "kan":
         assert run.ffn is not None
@@ -156,7 +152,8 @@ def replace(
         def build_kan(width: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
             return build_feedforward(config, width).to(device=device, dtype=dtype)
 
-        return swap(inner, chosen, build_kan, {"kind": "kan", "config": tree})
+        swap(inner, chosen, build_kan, {"kind": "kan", "config": tree})
+        return
     hidden = run.hidden
     if hidden == "match":
         assert run.ffn is not None
@@ -168,7 +165,7 @@ def replace(
         module.init_weights(std)
         return module.to(device=device, dtype=dtype)
 
-    return swap(inner, chosen, build_mlp, {"kind": "swiglu", "hidden": inner_width})
+    swap(inner, chosen, build_mlp, {"kind": "swiglu", "hidden": inner_width})
 
 
 @torch.no_grad()

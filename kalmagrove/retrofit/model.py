@@ -23,7 +23,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.inner = inner
         self._structure = [structure]  # in a list: its modules are registered once, in `inner`
-        self._wanted: Tensor | None = None
+        self._wanted: tuple[Tensor, ...] | None = None
         self._checkpointing = False
         structure.head.register_forward_pre_hook(self._choose)
         for module in (structure.embeddings, structure.head):
@@ -65,14 +65,14 @@ class LanguageModel(nn.Module):
                 document's begin, by which transformers keeps attention inside.
             normalizer: the summed cross-entropy is divided by it; default: the number of targets.
         """
-        wanted_BT = targets != IGNORED
+        wanted = (targets != IGNORED).nonzero(as_tuple=True)  # waits for the device, once
         more = {} if segments is None else {"position_ids": positions(segments)}
-        self._wanted = wanted_BT
+        self._wanted = wanted
         try:
             logits_1NV = self.inner(tokens, use_cache=False, **more).logits
         finally:
             self._wanted = None
-        targets_N = targets[wanted_BT]
+        targets_N = targets[wanted]
         total = F.cross_entropy(logits_1NV[0].float(), targets_N, reduction="sum")
         loss = total / (max(1, targets_N.numel()) if normalizer is None else normalizer)
         return ModelOutput(loss, None, loss.detach())
