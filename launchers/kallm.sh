@@ -15,6 +15,7 @@ set -euo pipefail
 : "${SHAPE:=smollm2_135m}"               # of conf/scratch: what PRETRAIN trains
 : "${PRETRAIN_STEPS:=600}"
 : "${PRETRAIN_OPTIONS:=engine.compile=true}"  # overrides of that run
+: "${GPUS:=}"                            # "0 1 2 3": the arms' processes take turns on them
 : "${KALMAGROVE:=kalmagrove}"
 
 list() { printf '[%s]' "$(printf '%s,' $1 | sed 's/,$//')"; }  # "a b" or a glob -> [a,b]
@@ -40,8 +41,11 @@ common=(experiment=kallm base="$BASE" dir="$RUNS" "${data[@]}" "$@")
 [ -z "${BENCHMARKS:-}" ] || common+=(evaluation.files="$BENCHMARKS")
 
 mkdir -p "$RUNS/kallm"
+gpus=($GPUS)
 start() { # NAME WORD...: one process, in the background
-  $KALMAGROVE retrofit "${@:2}" track=quiet "${common[@]}" >"$RUNS/kallm/$1.log" 2>&1 &
+  local own=()
+  [ -z "$GPUS" ] || own=(CUDA_VISIBLE_DEVICES="${gpus[${#jobs[@]} % ${#gpus[@]}]}")
+  env "${own[@]}" $KALMAGROVE retrofit "${@:2}" track=quiet "${common[@]}" >"$RUNS/kallm/$1.log" 2>&1 &
   jobs+=($!)
 }
 jobs=()
