@@ -1,9 +1,10 @@
 """The measured trainings of the repository's result files, each beside its prediction.
 
-`python -m tests.measured` prints the table of docs/cost.md.
+`python -m tests.measured` prints the tables of docs/cost.md.
 """
 
 import copy
+import itertools
 import json
 import statistics
 from collections.abc import Iterator
@@ -53,12 +54,20 @@ def rows() -> Iterator[Row]:
     yield from _lengths(BENCH / "lengths_h200_2026-11-27.json")
 
 
+def unfitted() -> Iterator[Row]:
+    """Trainings measured after the numbers of the plan were fixed: nothing was fitted to them."""
+    for record in json.loads((ROOT / "docs/results/plan-2xh200.json").read_text())["runs"]:
+        yield from _layouts(record["name"], record)
+
+
 def _layouts(group: str, record: dict[str, Any]) -> Iterator[Row]:
     words = [word for word in record["command"].split()[3:] if "=" in word]
     chosen = [word for word in words if word.startswith(("ffn=", "model.backend="))]
     words += BEFORE.get(record["commit"], [])
     tree = compose_tree("train", words)
     for layout in record["layouts"]:
+        if "failed" in layout:
+            continue
         run = load(_with(tree, layout["overrides"]))
         name = ", ".join([*chosen, layout["layout"]])
         seconds = statistics.median(layout["step_seconds"])
@@ -97,7 +106,7 @@ def _row(group: str, name: str, run: Run, ranks: int, seconds: float, peak: int)
 
 
 if __name__ == "__main__":
-    for row in rows():
+    for row in itertools.chain(rows(), unfitted()):
         print(
             f"| {row.group} | {row.name} | {row.seconds * 1e3:,.0f} | "
             f"{row.prediction.step_seconds * 1e3:,.0f} | {row.time_error:+.1%} | "
