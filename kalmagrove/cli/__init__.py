@@ -2,9 +2,10 @@
 
 A verb composes its configuration with Hydra, validates it, and only then imports torch. Known
 failures are one line on stderr and an exit code: 2 configuration, 3 numbers not finite, 75 stopped
-and resumable, 76 at a cap of `budget`, 1 anything else.
+and resumable, 76 at a cap of `budget`, 77 hung, 1 anything else.
 """
 
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from kalmagrove.config import KalmaGroveError
 
 VERBS = {
     "train": "train a model, from scratch or from where it stopped",
+    "sweep": "search settings of runs; a table and a plot of many runs",
     "retrofit": "put KAN feed-forwards into a pretrained model, train, evaluate",
     "plan": "what a run would take on GPUs not rented yet, by layout",
     "prepare": "turn text into tokens on disk",
@@ -68,6 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:  # what no verb has put into better words
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        place = error.filename or "a file"
+        print(f"kalmagrove: {place} cannot be written ({error.strerror})", file=sys.stderr)
+        return 1
 
 
 def _report(error: KalmaGroveError) -> None:

@@ -6,9 +6,12 @@ exit code 2.
 """
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import hydra
@@ -16,6 +19,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    IntervalSweep,
+    Override,
+    RangeSweep,
+    Sweep,
+)
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,11 +48,31 @@ def compose_tree(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
         return to_tree(compose(config_name, list(overrides)))
 
 
-def sweep_points(config_name: str, overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of every run of a sweep, in Hydra's order; those of its experiment first.
+@dataclass(frozen=True)
+class Axis:
+    """A key of a sweep, and what it may be.
+
+    words: overrides, one for each of its values; none: it is any number from `low` to `high`.
+    step: of a range, which has these numbers too.
+    """
+
+    key: str
+    words: tuple[str, ...] = ()
+    low: float | int = 0
+    high: float | int = 0
+    step: float | int | None = None
+    log: bool = False
+
+    def word(self, value: object) -> str:
+        """The override that chooses `value`."""
+        return f"{self.key}={value}"
+
+
+def sweep_axes(config_name: str, overrides: Sequence[str]) -> list[Axis]:
+    """Every word of a sweep in order, those that its experiment sweeps first.
 
     Raises:
-        ConfigError: for a word that is not an override, or a sweep that is not a list of values.
+        ConfigError: for a word that is not an override, or numbers that leave no choice.
     """
     with _hydra(config_name, overrides):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
@@ -53,16 +83,56 @@ def sweep_points(config_name: str, overrides: Sequence[str]) -> list[list[str]]:
         keys = {override.get_key_element() for override in given}
         words = [f"{key}={value}" for key, value in swept.items() if key not in keys]
         words += overrides
-        axes = []
-        for word, override in zip(words, parser.parse_overrides(words), strict=True):
-            if not override.is_sweep_override():
-                axes.append([word])
-                continue
-            if not override.is_discrete_sweep():
-                raise HydraException("only lists of values can be swept: a=1,2 or a=range(1,3)")
-            key = override.get_key_element()
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-    return [list(point) for point in itertools.product(*axes)]
+        return [
+            _axis(word, override)
+            for word, override in zip(words, parser.parse_overrides(words), strict=True)
+        ]
+
+
+def sweep_points(config_name: str, overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every run of a sweep, in Hydra's order; those of its experiment first.
+
+    Raises:
+        ConfigError: for a word that is not an override, or a sweep that is not a list of values.
+    """
+    axes = sweep_axes(config_name, overrides)
+    for axis in axes:
+        if not axis.words:
+            rule = "is no list of values, as a sweep with -m needs"
+            remedy = f"{axis.key}=1,2 or {axis.key}=range(1,3); kalmagrove sweep searches intervals"
+            raise ConfigError(axis.key, f"interval({axis.low},{axis.high})", rule, remedy)
+    return [list(point) for point in itertools.product(*(axis.words for axis in axes))]
+
+
+def _axis(word: str, override: Override) -> Axis:
+    """What Hydra's grammar says of one word."""
+    key, said = override.get_key_element(), word.partition("=")[2]
+    if not override.is_sweep_override():
+        return Axis(key, (word,))
+    sweep, log = override.value(), False
+    if isinstance(sweep, Sweep):
+        log = sweep.tags == {"log"}
+        if sweep.tags and not (log and override.is_interval_sweep()):
+            rule = "has a tag that is not understood"
+            raise ConfigError(key, said, rule, "use tag(log, interval(1e-4, 1e-2))")
+    if isinstance(sweep, ChoiceSweep | RangeSweep):
+        sweep.shuffle = False  # it would be another order each time
+    if isinstance(sweep, RangeSweep) and not sweep.step:
+        raise ConfigError(key, said, "has a step of 0", "try range(1, 9) or range(1, 9, 2)")
+    if isinstance(sweep, IntervalSweep):
+        low, high = sweep.start, sweep.end
+        if not (low < high and math.isfinite(high - low) and (low > 0 or not log)):
+            rule = "must go from a number to a higher one" + (", above 0 for log" if log else "")
+            raise ConfigError(key, said, rule, "try interval(1e-4, 1e-2)")
+        return Axis(key, low=low, high=high, log=log)
+    words = tuple(f"{key}={value}" for value in override.sweep_string_iterator())
+    if not words:
+        raise ConfigError(key, said, "has no value", "the end of a range is not among them")
+    if not isinstance(sweep, RangeSweep):
+        return Axis(key, tuple(dict.fromkeys(words)))
+    low, step = min(sweep.range()), abs(sweep.step)
+    high = type(low)(Decimal(str(low)) + (len(words) - 1) * Decimal(str(step)))
+    return Axis(key, words, low, high, step)
 
 
 @contextmanager
@@ -173,6 +243,9 @@ def _one_line(error: Exception, config_name: str, overrides: Sequence[str]) -> C
     for word in overrides:
         if "=" not in word:
             return ConfigError("argument", repr(word), "is not of the form key=value")
+        if message == f"Error parsing override '{word}'":
+            key, _, value = word.partition("=")
+            return ConfigError(key, value, "cannot be read by Hydra's grammar", lines[1])
     for word in overrides:
         key, _, value = word.lstrip("+~").partition("=")
         if key and key in message:

@@ -2,16 +2,15 @@
 the shell that did is still there.
 """
 
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from kalmagrove.cli.arguments import Parser
-from kalmagrove.cli.slurm import Job, rank_logs, recorded, wait
-from kalmagrove.cli.sweep import summary_of
-from kalmagrove.config import ConfigError, KalmaGroveError
+from kalmagrove.cli.multirun import summary_of
+from kalmagrove.cli.slurm import Job, cancel, rank_logs, recorded, wait
+from kalmagrove.config import ConfigError
 
 USAGE = """kalmagrove jobs: runs that were given to Slurm
 
@@ -121,16 +120,8 @@ def _follow(jobs: list[Job], poll: float) -> int:
 
 def _cancel(jobs: list[Job], now: bool) -> int:
     for job in jobs:
-        state = job.state
         if not job.goes_on:
             print(f"job {job.job} has ended already")
             continue
-        (job.folder / "slurm" / "cancel").touch()
-        saving = state == "RUNNING" and not now
-        # The batch script hears USR1 and asks the ranks to save and leave.
-        words = ["--batch", "--signal=USR1"] if saving else []
-        done = subprocess.run(["scancel", *words, job.job], capture_output=True, text=True)
-        if done.returncode:
-            raise KalmaGroveError(f"scancel {job.job}: {done.stderr.strip()}")
-        print(f"job {job.job} {'saves and ends' if saving else 'is cancelled'}")
+        print(cancel(job, now))
     return 0

@@ -1,4 +1,4 @@
-"""Start the processes of a run through the DeepSpeed launcher, and pass signals on to them.
+"""Which processes a run has, and the command of the DeepSpeed launcher that starts them.
 
 A launcher that is already there (deepspeed, torchrun, srun) is recognised by the variables it sets.
 """
@@ -6,19 +6,13 @@ A launcher that is already there (deepspeed, torchrun, srun) is recognised by th
 import base64
 import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
 
-from kalmagrove.cli import run_folder
 from kalmagrove.config import ConfigError, Training
 
-STOPPING = "kalmagrove: finishing the step and saving; Ctrl-C again kills"
+OURS = "KALMAGROVE_LAUNCHER"  # set by `kalmagrove.engine.launcher` for its ranks
 
 
 def launched_world_size() -> int | None:
@@ -56,9 +50,19 @@ def world_size(run: Training) -> int:
     """The processes of the run: a launcher's, else those to start.
 
     Raises:
-        ConfigError: if `launch.nproc` contradicts the launcher, or exceeds the visible GPUs.
+        ConfigError: if `launch.nproc` contradicts the launcher, or exceeds the visible GPUs; or if
+            `launch.max_restarts` is given and others start the processes.
     """
     launched, wanted = launched_world_size(), run.launch.nproc
+    others = run.cluster is not None or (launched is not None and OURS not in os.environ)
+    if others and run.launch.max_restarts:
+        raise ConfigError(
+            "launch.max_restarts",
+            run.launch.max_restarts,
+            "is for processes that kalmagrove starts itself",
+            "leave it out under deepspeed, torchrun and srun, which have their own; jobs of Slurm "
+            "are queued again up to cluster.slurm.restarts times",
+        )
     if launched is None:
         return _processes_to_start(run)
     if wanted not in ("auto", 1, launched):
@@ -123,39 +127,6 @@ def check_here(run: Training) -> None:
         raise ConfigError("cluster", run.cluster.name, rule, remedy)
 
 
-def launch(run: Training, nproc: int, verb: str = "train") -> int:
-    """Do `verb` with `nproc` local processes; returns the exit code.
-
-    The launcher runs in a session of its own: a Ctrl-C reaches this process alone, which asks the
-    ranks to stop through a file, so that they finish their step and save. A second one ends them.
-    """
-    with tempfile.TemporaryDirectory(prefix="kalmagrove-") as place:
-        config, stop_file = Path(place, "config.yaml"), Path(place, "stop")
-        run_folder.write_config(config, run)
-        process = subprocess.Popen(
-            [*command(run, nproc), "kalmagrove", verb, "--config", str(config)],
-            env=environment() | {"KALMAGROVE_STOP_FILE": str(stop_file)},
-            start_new_session=True,
-        )
-
-        def on_signal(signum: int, frame: FrameType | None) -> None:
-            if not stop_file.exists():
-                print(STOPPING, file=sys.stderr, flush=True)
-            elif signum == signal.SIGINT:
-                os.killpg(process.pid, signal.SIGKILL)
-            stop_file.touch()
-
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
-            numbers.append(signal.SIGHUP)
-        before = {number: signal.signal(number, on_signal) for number in numbers}
-        try:
-            return exit_code(process.wait())
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 @contextmanager
 def unlaunched() -> Iterator[None]:
     """Afterwards this process looks as if it had not been started by a launcher again.
@@ -199,6 +170,7 @@ def command(run: Training, nproc: int) -> list[str]:
 
     devices = visible_gpus()[:nproc] or [str(i) for i in range(nproc)]
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
-    command = [sys.executable, "-m", "deepspeed.launcher.launch", "--quiet", "--no_local_rank"]
+    command = [sys.executable, "-m", "kalmagrove.engine.launcher", "--save"]
+    command += [str(run.launch.reserve), "--quiet", "--no_local_rank"]
     command += [f"--world_info={world}", "--master_addr=127.0.0.1"]
     return [*command, f"--master_port={run.launch.port or free_port()}", "--module"]

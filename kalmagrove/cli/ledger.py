@@ -57,8 +57,8 @@ def main(argv: Sequence[str]) -> int:
     from kalmagrove.track import read_history
 
     history = read_history(path)
-    if not history.lines:
-        raise ConfigError("ledger", path, "holds no line yet")
+    if not history.sessions:
+        raise ConfigError("ledger", path, "holds no line yet that begins a session")
     if chosen.action == "export":
         _export(history, chosen.out)
     else:

@@ -20,7 +20,9 @@ def main(argv: Sequence[str]) -> int:
 def _prepare(wanted: Prepare) -> int:
     from kalmagrove.data import prepare
 
-    print(_describe(prepare(wanted.data)))
+    print(_describe(prepare(wanted.data, verify=wanted.verify)))
+    if wanted.verify:
+        print("verified   every file has the size and checksum that the manifest says")
     return 0
 
 

@@ -24,6 +24,7 @@ from kalmagrove.cli.session import (
     saved_tree,
     set_up_logging,
 )
+from kalmagrove.cli.supervise import supervise
 from kalmagrove.config import KalmaGroveError, Suite
 from kalmagrove.config.retrofit_run import Retrofit, WarmStart, retrofit_of
 
@@ -75,10 +76,10 @@ def _start(run: Retrofit, in_sweep: bool) -> int:
     if _finished(folder, run):
         return _already(folder)
     world_size = launch.world_size(run)
-    if world_size == 1:
+    if world_size == 1 and not run.launch.max_restarts:
         with launch.unlaunched():
             return retrofit_on_this_rank(run, stay=in_sweep)
-    code = launch.launch(run_folder.pinned(run, folder), world_size, "retrofit")
+    code = supervise(run_folder.pinned(run, folder), world_size, "retrofit")
     if code == 0 and not (folder / RESULT).exists():
         raise KalmaGroveError(
             f"the processes ended without an error, but {folder / RESULT} is not there; the same "
@@ -227,7 +228,7 @@ def _train(
 ) -> None:
     """As `kalmagrove train` does, and the model in the format of Hugging Face."""
     from kalmagrove.data import build_batches, val_batches
-    from kalmagrove.engine import build_engine, fit, resume, whole_weights
+    from kalmagrove.engine import build_engine, check_room, fit, resume, whole_weights
     from kalmagrove.retrofit.flops import flops_per_token
     from kalmagrove.track import build_meters
 
@@ -249,6 +250,7 @@ def _train(
         started=started,
     )
     state = resume(engine, batches, meters, run, folder)
+    check_room(engine, state.folder, state.step)
     by_main(groups, lambda: run_folder.settle(folder, run, prepared.tokenizer))
     fit(engine, batches, held_out, meters, state, run)
     weights = whole_weights(engine)

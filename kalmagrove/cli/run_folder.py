@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,19 +50,14 @@ def claim(folder: Path) -> str:
     with _writing(folder):
         for part in ("checkpoints", "samples"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _try_writing(folder / part)
+        for file in ("ledger.jsonl", "console.log"):
+            if (folder / file).exists():
+                (folder / file).open("ab").close()
+        lock = hold(folder / LOCK)
+        if lock is None:
             raise ConfigError(
                 "name", folder.name, "is being trained by another process", "give another name"
-            ) from None
-        except OSError as error:
-            log.warning(
-                "%s: the file system has no locks (%s); see to it that no other process trains "
-                "into this folder",
-                folder,
-                error.strerror,
             )
         token = secrets.token_hex(8)
         os.ftruncate(lock, 0)
@@ -71,9 +66,44 @@ def claim(folder: Path) -> str:
     return token
 
 
-def holds(folder: Path, token: str) -> bool:
-    """Whether this process sees the folder that another one claimed."""
+def _try_writing(folder: Path) -> None:
+    """Write a file, for a folder may be a disk of its own, mounted read-only or full. Rights do
+    not tell: root has all of them.
+    """
+    probe = folder / f".probe-{os.getpid()}"
     try:
+        with probe.open("wb") as file:
+            file.write(b"0")
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def hold(path: Path) -> int | None:
+    """Lock a file for as long as the descriptor is open, here or in a process that inherited it.
+
+    Returns:
+        The descriptor; None if another process has the lock.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    except OSError as error:
+        log.warning(
+            "%s: the file system has no locks (%s); see to it that no other process trains "
+            "into this folder",
+            path.parent,
+            error.strerror,
+        )
+    return lock
+
+
+def holds(folder: Path, token: str) -> bool:
+    """Whether this process sees the folder that another one claimed, and can save there."""
+    try:
+        _try_writing(folder / "checkpoints")
         return (folder / LOCK).read_text() == token
     except OSError:
         return False
@@ -148,12 +178,8 @@ def finished(folder: Path, run: Training) -> dict[str, Any] | None:
 
 def same_settings(folder: Path, run: Training) -> None:
     """ConfigError if the folder's `config.yaml` is of another run, naming what differs."""
-    before, now = dict(_flat(read_yaml(str(folder / CONFIG)))), dict(_flat(run.result_settings))
-    wrong = [
-        f"{key} was {before[key]}, is {value}"
-        for key, value in now.items()
-        if key in before and before[key] != value and not key.startswith(LAYOUT)
-    ]
+    before = dict(flat(read_yaml(str(folder / CONFIG))))
+    wrong = differences(before, dict(flat(run.result_settings)))
     if wrong:
         raise ConfigError(
             "name",
@@ -163,10 +189,19 @@ def same_settings(folder: Path, run: Training) -> None:
         )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`KEY was X, is Y` for the settings of a result that are not the same; see `LAYOUT`."""
+    return [
+        f"{key} was {before[key]}, is {value}"
+        for key, value in now.items()
+        if key in before and before[key] != value and not key.startswith(LAYOUT)
+    ]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
@@ -177,10 +212,11 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        at = f": {error.filename}" if error.filename else ""
         remedy = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check its rights"
         raise ConfigError(
             "dir",
             folder.parent,
-            f"cannot hold the run {folder.name} ({error.strerror or error})",
+            f"cannot hold the run {folder.name} ({error.strerror or error}{at})",
             f"{remedy} or give another dir",
         ) from None

@@ -92,7 +92,7 @@ def claim(run: Training, groups: "Groups") -> tuple[Path, dict[str, Any] | None]
             "dir",
             run.dir,
             "must be on a file system that all machines of the run share",
-            f"some do not see {folder}",
+            f"some do not see {folder}, or cannot write there",
         )
     return folder, summary
 

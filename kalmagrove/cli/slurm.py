@@ -1,6 +1,6 @@
 """Runs as jobs of Slurm: submit them, tell how they are, wait for them.
 
-Called by the Hydra launcher `slurm` and by `kalmagrove jobs`. The batch script is
+Called by the Hydra launcher `slurm`, `kalmagrove jobs` and `kalmagrove sweep`. The batch script is
 `launchers/templates/job.sbatch`; everything about a job lies in `RUN/slurm`, its script, its list
 of runs and a copy of the code in `DIR/jobs/TIME`.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import kalmagrove
 from kalmagrove.cli import launch, run_folder
-from kalmagrove.cli.sweep import summary_of
+from kalmagrove.cli.multirun import summary_of
 from kalmagrove.config import ConfigError, KalmaGroveError, Slurm, Training
 from kalmagrove.config.place import conf_dir
 
@@ -81,9 +81,7 @@ def submit(
         ConfigError: before anything is submitted, if a run cannot be, or sbatch is missing.
         KalmaGroveError: if sbatch refuses.
     """
-    if shutil.which("sbatch") is None:
-        rule = "needs Slurm's sbatch, which is not on the PATH"
-        raise ConfigError("hydra/launcher", "slurm", rule, "submit from a login node")
+    check()
     jobs, finished = [], []
     todo: dict[Path, Training] = {}
     for run in runs:
@@ -111,6 +109,13 @@ def submit(
             _prepare(folder, todo[folder], shapes[folder])
         jobs += _submit_one(group, todo[group[0]], verb, place, at_once)
     return jobs, finished
+
+
+def check() -> None:
+    """ConfigError if nothing can be submitted from this machine."""
+    if shutil.which("sbatch") is None:
+        rule = "needs Slurm's sbatch, which is not on the PATH"
+        raise ConfigError("hydra/launcher", "slurm", rule, "submit from a login node")
 
 
 def _submit_one(
@@ -183,6 +188,7 @@ def batch_script(
         "OPTIONS": "\n".join(f"#SBATCH {line}" for line in lines),
         "RUNS": shlex.quote(str(listed)),
         "RESTARTS": str(slurm.restarts),
+        "RESERVE": str(run.launch.reserve),
         "CPUS": str(slurm.cpus_per_task),
         "CODE": shlex.quote(str(code)),
         "SETUP": "\n".join(setup),
@@ -265,6 +271,24 @@ def wait(jobs: Sequence[Job], poll: float, say: Callable[[str], None] = print) -
         say("the jobs go on; `kalmagrove jobs` tells of them, follows and cancels them")
         raise
     return {job.folder: text for job in jobs if (text := failure(job, known[job])) is not None}
+
+
+def cancel(job: Job, now: bool = False) -> str:
+    """Have a job that goes on save and end, and not be queued again; says which.
+
+    now: without saving.
+
+    Raises:
+        KalmaGroveError: if scancel refuses.
+    """
+    (job.folder / "slurm" / "cancel").touch()
+    saving = job.state == "RUNNING" and not now
+    # The batch script hears USR1 and asks the ranks to save and leave.
+    words = ["--batch", "--signal=USR1"] if saving else []
+    done = subprocess.run(["scancel", *words, job.job], capture_output=True, text=True)
+    if done.returncode:
+        raise KalmaGroveError(f"scancel {job.job}: {done.stderr.strip()}")
+    return f"job {job.job} {'saves and ends' if saving else 'is cancelled'}"
 
 
 def failure(job: Job, state: str) -> str | None:

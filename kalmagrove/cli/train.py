@@ -19,6 +19,7 @@ from kalmagrove.cli.session import (
     saved_tree,
     set_up_logging,
 )
+from kalmagrove.cli.supervise import supervise
 from kalmagrove.config import KalmaGroveError, Run, load
 
 if TYPE_CHECKING:  # torch is imported only once the configuration is known to work
@@ -57,12 +58,12 @@ def _start(run: Run, dry_run: bool, in_sweep: bool) -> int:
     summary = run_folder.finished(folder, run)
     if summary is not None:
         return already_finished(folder, summary)
-    if world_size == 1 and not in_sweep:
+    if world_size == 1 and not in_sweep and not run.launch.max_restarts:
         return train_on_this_rank(run)
     from kalmagrove.data import check_seq_len, prepare
 
     check_seq_len(prepare(run.data), run.data.seq_len)  # once, where it is seen and can be stopped
-    code = launch.launch(run_folder.pinned(run, folder), world_size)
+    code = supervise(run_folder.pinned(run, folder), world_size)
     if code == 0 and run_folder.done(folder, run) is None:
         raise KalmaGroveError(
             f"the processes ended without an error, but {folder}/summary.json does not say that "
@@ -76,7 +77,7 @@ def train_on_this_rank(composed: Run) -> int:
     import torch
 
     from kalmagrove.data import build_batches, prepare, val_batches
-    from kalmagrove.engine import build_engine, connect, disconnect, fit, resume
+    from kalmagrove.engine import build_engine, check_room, connect, disconnect, fit, resume
     from kalmagrove.nn import build_model
     from kalmagrove.parallel import Groups
 
@@ -99,6 +100,7 @@ def train_on_this_rank(composed: Run) -> int:
     engine = build_engine(model, run, groups)
     meters = _meters(run, folder, groups, prepared)
     state = resume(engine, batches, meters, run, folder)
+    check_room(engine, state.folder, state.step)
     by_main(groups, lambda: run_folder.settle(folder, composed, prepared.tokenizer))
     by_main(groups, lambda: run_folder.write_plan(folder, _plan(run, groups)))
     outcome = fit(engine, batches, held_out, meters, state, run)
@@ -154,11 +156,12 @@ def _show_sample(run: Run, checkpoint: Path) -> None:
     try:
         model, tokenizer = load_trained(checkpoint)
         sample = write(model, tokenizer, run.sample.prompts, **settings)
-    except (RuntimeError, MemoryError) as error:  # a model that only fits on several devices
+        folder = checkpoint.parent.parent
+        (folder / "samples" / f"{checkpoint.name}.txt").write_text(sample + "\n", encoding="utf-8")
+    # A model that only fits on several devices, a full disk
+    except (RuntimeError, MemoryError, OSError) as error:
         log.warning("no sample is written: %s", error)
         return
-    folder = checkpoint.parent.parent
-    (folder / "samples" / f"{checkpoint.name}.txt").write_text(sample + "\n", encoding="utf-8")
     print(
         f"\nA sample, temperature {run.sample.temperature:g}:\n\n{sample}\n\n{folder}", flush=True
     )

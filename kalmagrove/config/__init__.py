@@ -7,9 +7,11 @@ from kalmagrove.config.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    Hung,
     Interrupted,
     KalmaGroveError,
     NonFiniteError,
+    RankLost,
 )
 from kalmagrove.config.load import load, validate
 from kalmagrove.config.model import (
@@ -45,6 +47,7 @@ from kalmagrove.config.run import (
     Training,
     Zero,
 )
+from kalmagrove.config.search import Cap, Search
 from kalmagrove.config.verbs import Evaluate, Generate, Inspect, Prepare, Suite
 
 __all__ = [
@@ -56,6 +59,7 @@ __all__ = [
     "Batch",
     "Budget",
     "BudgetReached",
+    "Cap",
     "Checkpoint",
     "CheckpointError",
     "Cluster",
@@ -69,6 +73,7 @@ __all__ = [
     "Evaluate",
     "Generate",
     "Grove",
+    "Hung",
     "Init",
     "Inspect",
     "Interrupted",
@@ -83,9 +88,11 @@ __all__ = [
     "Prepare",
     "Price",
     "Profile",
+    "RankLost",
     "Run",
     "Sample",
     "Schedule",
+    "Search",
     "Slurm",
     "Softmax",
     "Source",

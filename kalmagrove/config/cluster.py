@@ -21,7 +21,7 @@ class Slurm(Section):
     time: str = Field("01:00:00", pattern=TIME)  # limit of one try, as sbatch takes it
     cpus_per_task: PositiveInt = 1  # of a rank
     mem: str | None = None  # of a machine
-    restarts: NonNegativeInt = 100  # times that a stopped run is queued again
+    restarts: NonNegativeInt = 100  # times that a stopped, hung or killed run is queued again
     start: Literal["srun", "deepspeed"] = "srun"  # one task a rank | one `deepspeed` a machine
     container: str | None = None  # words before the command: apptainer exec --nv image.sif
     python: str | None = None  # null: the one that submits

@@ -67,3 +67,18 @@ class Interrupted(KalmaGroveError):
 
     exit_code = 75
     collective = True
+
+
+class Hung(KalmaGroveError):
+    """A rank no longer got on. Never raised, as the thread that could is stuck: the watchdog ends
+    the process with this code.
+    """
+
+    exit_code = 77
+    collective = True
+
+
+class RankLost(KalmaGroveError):
+    """Another rank can no longer be reached: it died, or its machine did. It has said why, if it
+    could; the checkpoints are as they were.
+    """

@@ -180,6 +180,9 @@ class Launch(Section):
     port: int | None = Field(None, ge=1, le=65535)  # null: a free one
     timeout: PositiveInt = 1800  # seconds a collective may wait
     reserve: PositiveInt = 120  # seconds of a Slurm job's time that are left for saving
+    hang_timeout: PositiveInt | None = 600
+    # ^ seconds a phase of a step may take before the processes end with exit code 77; null: any
+    max_restarts: NonNegativeInt = 0  # times that `kalmagrove` starts processes that died again
 
 
 class Training(Section):

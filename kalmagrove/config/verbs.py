@@ -15,6 +15,7 @@ class Prepare(Section):
     """`kalmagrove prepare`: a corpus to tokenize."""
 
     data: Data
+    verify: bool = False  # read all of a cache that is there, whatever was verified before
 
 
 class Generate(Section):

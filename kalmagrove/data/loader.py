@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kalmagrove import config
-from kalmagrove.config import CheckpointError, ConfigError
+from kalmagrove.config import CheckpointError, ConfigError, DataError
 from kalmagrove.data.store import Prepared, TokenStore
 
 IGNORED = -100  # the target of a position without a loss
@@ -23,8 +23,12 @@ Batch = dict[str, Any]
 class Rows:
     """A split cut into rows: row i reads tokens [iT, iT + T) and predicts [iT + 1, iT + T + 1)."""
 
-    def __init__(self, store: TokenStore, seq_len: int, pad: int, aware: bool) -> None:
+    def __init__(
+        self, store: TokenStore, seq_len: int, pad: int, aware: bool, vocab: int | None = None
+    ) -> None:
+        """vocab: tokens are below it; None: not checked."""
         self._store, self._T, self._pad, self._aware = store, seq_len, pad, aware
+        self._vocab = vocab
         self.whole = (len(store) - 1) // seq_len  # rows without padding
         self.all = -(-(len(store) - 1) // seq_len)
 
@@ -37,7 +41,12 @@ class Rows:
         return body.sum(axis=1, dtype=np.int64)
 
     def read(self, rows: Iterable[int], normalizer: float) -> Batch:
-        """The batch of these rows; rows beyond the end have no targets."""
+        """The batch of these rows; rows beyond the end have no targets.
+
+        Raises:
+            DataError: a token is none of the vocabulary's: the file was damaged after it had been
+                verified. (On a GPU the embedding would end the process without a word of why.)
+        """
         picked = list(rows)
         tokens_BT = np.full((len(picked), self._T), self._pad, np.int64)
         targets_BT = np.full((len(picked), self._T), IGNORED, np.int64)
@@ -47,6 +56,8 @@ class Rows:
             span = np.asarray(self._store.tokens[start : start + self._T + 1])
             if len(span) < 2:
                 continue
+            if self._vocab is not None and span.max() >= self._vocab:
+                raise self._damaged(row, int(span.max()))
             here = len(span) - 1
             tokens_BT[b, :here] = span[:-1]
             targets_BT[b, :here] = span[1:]
@@ -63,6 +74,14 @@ class Rows:
         if self._aware:
             batch["segments"] = torch.from_numpy(segments_BT)
         return batch
+
+    def _damaged(self, row: int, token: int) -> DataError:
+        file = getattr(self._store.tokens, "filename", "the tokens")
+        return DataError(
+            f"{file}: row {row} holds token {token}, of a vocabulary of {self._vocab}; the file is "
+            "damaged: see kalmagrove prepare verify=true, delete its folder, and give the same "
+            "command again"
+        )
 
     def _segments(self, start: int) -> NDArray[np.int64]:
         """[T]: how many documents begin after the row's first position, up to each position."""
@@ -87,7 +106,8 @@ class Batches:
         if run.rows_per_step % (run.batch.micro * dp_size):
             run.check_world(dp_size * run.parallel.tp * run.parallel.cp)
         T = run.data.seq_len
-        self._rows = Rows(prepared.train, T, prepared.tokenizer.eot, run.data.document_aware)
+        eot, vocab = prepared.tokenizer.eot, prepared.vocab_size
+        self._rows = Rows(prepared.train, T, eot, run.data.document_aware, vocab)
         check_seq_len(prepared, T)
         if self._rows.whole < run.rows_per_step and dp_rank == 0:
             warnings.warn(
@@ -184,7 +204,8 @@ class ValBatches:
         self, prepared: Prepared, run: config.Training, dp_rank: int, dp_size: int
     ) -> None:
         T = run.data.seq_len
-        self._rows = Rows(prepared.val, T, prepared.tokenizer.eot, run.data.document_aware)
+        eot, vocab = prepared.tokenizer.eot, prepared.vocab_size
+        self._rows = Rows(prepared.val, T, eot, run.data.document_aware, vocab)
         count = self._rows.all
         if run.eval.max_tokens is not None:
             count = min(count, max(1, run.eval.max_tokens // T))

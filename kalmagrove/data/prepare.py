@@ -35,12 +35,15 @@ from kalmagrove.data.tokenizer import BPE, Auto, Tokenizer
 CHUNK_BYTES, CHUNK_DOCUMENTS = 1 << 20, 1024  # of text, given to a tokenizing thread at once
 
 
-def prepare(data: config.Data, *, progress: bool = True) -> Prepared:
+def prepare(data: config.Data, *, progress: bool = True, verify: bool = False) -> Prepared:
     """Find the token cache of `data`, or build it.
 
     The folder's name holds a hash of all that determines its content (source, files, tokenizer,
     format, held-out choice), so a change of any makes another cache. `seq_len` is not among them:
     packing is a view. Several processes may call this at once: one builds, the others wait.
+
+    Args:
+        verify: read all files, also of a cache that was verified before.
 
     Raises:
         DataError: for data that cannot be read, too many bad rows, or a damaged cache.
@@ -49,7 +52,7 @@ def prepare(data: config.Data, *, progress: bool = True) -> Prepared:
     root = Path(data.cache).expanduser()
     folder = root / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', data.name)}-{_key(data, listing)}"
     if folder.exists():
-        return store.open_prepared(folder)
+        return store.open_prepared(folder, verify=verify)
     with Reporter(progress) as reporter, _disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f".{folder.name}.lock", reporter):

@@ -8,7 +8,7 @@ than documents), `.learned` (uint8, conversations only), `tokenizer/` and `manif
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -226,17 +226,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
 
 
-def open_prepared(path: str | Path) -> Prepared:
+def open_prepared(path: str | Path, *, verify: bool = False) -> Prepared:
     """Check a cache and open it.
 
-    Sizes are checked always, contents the first time and after any change of a file's date.
+    Sizes are checked always, contents the first time, after any change of a file's date, and with
+    `verify`. A bit that fell over on the disk changes no date: see `loader.Rows.read`.
 
     Raises:
         DataError: naming what is missing or damaged.
     """
     folder = Path(path).expanduser()
     manifest = _read_manifest(folder)
-    _verify(folder, manifest)
+    _verify(folder, manifest, {} if verify else _read_verified(folder))
     prepared = Prepared(
         path=folder,
         manifest=manifest,
@@ -261,8 +262,8 @@ def _read_manifest(folder: Path) -> Manifest:
         raise _damaged(folder, f"{MANIFEST} cannot be read ({_first_line(error)})") from error
 
 
-def _verify(folder: Path, manifest: Manifest) -> None:
-    known = _read_verified(folder)
+def _verify(folder: Path, manifest: Manifest, known: Mapping[str, Any]) -> None:
+    """known: by name, the size, dates and checksum with which a file was read before."""
     verified: dict[str, list[int]] = {}
     for name, file in manifest.files.items():
         path = folder / name
@@ -296,7 +297,9 @@ def _write_verified(folder: Path, verified: dict[str, list[int]]) -> None:
 
 
 def _damaged(folder: Path, what: str) -> DataError:
-    return DataError(f"token cache {folder} is damaged: {what}; delete it and prepare again")
+    return DataError(
+        f"token cache {folder} is damaged: {what}; delete it, the same command prepares it again"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -5,9 +5,11 @@
 
 import hashlib
 import json
+import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,18 @@ class Tokenizer(ABC):
         return self.encode_batch([text])[0]
 
 
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """What the system refuses as an OSError: the library, in Rust, raises a plain Exception."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
 class BPE(Tokenizer):
     """A byte-level BPE (arXiv:1508.07909; bytes and word split as in GPT-2): lossless."""
 
@@ -98,7 +112,8 @@ class BPE(Tokenizer):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / "tokenizer.json"))
+        with _os_errors():
+            self._backend.save(str(folder / "tokenizer.json"))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": EOT,
@@ -170,7 +185,8 @@ class Auto(Tokenizer):
         return text
 
     def save(self, folder: Path) -> None:
-        self._inner.save_pretrained(folder)
+        with _os_errors():
+            self._inner.save_pretrained(folder)
 
     def render(self, messages: list[Message], prompt: bool) -> str:
         """The chat template's text of a conversation; `prompt` opens an assistant turn after it."""

@@ -8,6 +8,7 @@ from kalmagrove.engine.checkpoint_files import find_checkpoints, read_state
 from kalmagrove.engine.connect import connect, disconnect
 from kalmagrove.engine.engine import Engine, build_engine
 from kalmagrove.engine.loop import Outcome, evaluate, fit, mean_nats
+from kalmagrove.engine.room import check_room
 from kalmagrove.engine.weights import whole_weights
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Outcome",
     "State",
     "build_engine",
+    "check_room",
     "connect",
     "disconnect",
     "evaluate",

@@ -26,7 +26,6 @@ from kalmagrove.config import CheckpointError, NonFiniteError, Training
 from kalmagrove.engine.checkpoint_files import (
     FORMAT,
     INDEX_FILE,
-    STATE_FILE,
     WEIGHTS_FILE,
     differences,
     faults,
@@ -40,11 +39,12 @@ from kalmagrove.engine.checkpoint_files import (
     shard_file,
     step_folder,
     sync,
-    write_json,
+    write_state,
 )
 from kalmagrove.engine.engine import Engine
 from kalmagrove.engine.fragments import collect, misfits, parameter_digest, refresh, restore
 from kalmagrove.engine.rank_state import load_rank_state, rank_state
+from kalmagrove.engine.room import checkpoint_bytes, need_room
 from kalmagrove.engine.tensor_files import FileWriter, Stored, TensorReader
 from kalmagrove.engine.tensor_index import Index, coverage_faults, merge, to_json
 from kalmagrove.engine.weights import whole_weights
@@ -69,6 +69,7 @@ class State:
     step: int = 0  # finished steps
     tokens: int = 0  # target positions read, over all ranks
     saved: int | None = None  # step of the newest checkpoint
+    unsaved: int = 0  # saves that failed since
     resumed: Path | None = None  # the checkpoint the run went on from
 
     @property
@@ -84,9 +85,11 @@ def save(engine: Engine, batches: Stateful, meters: Stateful, state: State) -> t
 
     Raises:
         NonFiniteError: the weights hold NaN or infinity; nothing is written.
-        CheckpointError: a rank could not write (full disk); the unfinished folder is removed.
+        CheckpointError: there is no room, or a rank could not write; the unfinished folder is
+            removed, and older ones are as they were.
     """
     begun = time.perf_counter()
+    engine.progress.at("checkpoint")
     if not engine.weights_are_finite():
         raise NonFiniteError(
             f"the weights at step {state.step} are not finite and are not saved; "
@@ -103,10 +106,12 @@ def save(engine: Engine, batches: Stateful, meters: Stateful, state: State) -> t
         if engine.groups.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         barrier(engine.groups.world)
-        reason = next(r for r in reasons if r)
+        rank, reason = next((rank, r) for rank, r in enumerate(reasons) if r)
+        reason = f"on rank {rank}: {reason}" if rank else reason
         raise CheckpointError(
             f"checkpoint {final} could not be written: {reason}; "
-            f"the last good checkpoint is {state.newest or 'none'}; free space or change dir"
+            f"the last good checkpoint is {state.newest or 'none'}; free space on that disk, or "
+            "check that it can be written"
         )
     if engine.groups.is_main:
         try:
@@ -115,7 +120,7 @@ def save(engine: Engine, batches: Stateful, meters: Stateful, state: State) -> t
         except OSError as problem:
             log.warning("old checkpoints in %s could not be removed: %s", state.folder, problem)
     barrier(engine.groups.world)
-    state.saved = state.step
+    state.saved, state.unsaved = state.step, 0
     return final, time.perf_counter() - begun
 
 
@@ -136,17 +141,20 @@ def _write(
 ) -> Exception | None:
     """Write this rank's files into `folder`. All ranks pass every collective, whatever fails."""
     world, main = engine.groups.world, engine.groups.is_main
-    files = FileWriter(folder)
+    files, needed = FileWriter(folder), checkpoint_bytes(engine)
     if main:
         files.attempt(lambda: folder.parent.mkdir(parents=True, exist_ok=True))
         shutil.rmtree(folder, ignore_errors=True)
+        files.attempt(lambda: need_room(folder.parent, needed))
         files.attempt(folder.mkdir)
     barrier(world)
     file = shard_file(world.rank)
     tensors, index = collect(engine, file)
     own, metadata = rank_state(engine)
     files.tensors(file, tensors | own, metadata)
+    engine.progress.at("checkpoint")
     weights = whole_weights(engine)
+    engine.progress.at("checkpoint")
     if main:
         files.tensors(WEIGHTS_FILE, {name: Stored.of(tensor) for name, tensor in weights.items()})
     reports = all_gather_object((files.written, index), world)
@@ -162,7 +170,7 @@ def _write(
     if main:
         files.attempt(lambda: _write_index(files, [index for _, index in reports]))
         entries = {**files.written, **{k: v for part, _ in reports for k, v in part.items()}}
-        files.attempt(lambda: write_json(folder / STATE_FILE, {**tree, "files": entries}))
+        files.attempt(lambda: write_state(folder, {**tree, "files": entries}))
         files.attempt(lambda: sync(folder))
     return files.error
 

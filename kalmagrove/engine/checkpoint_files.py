@@ -105,6 +105,11 @@ def write_json(path: Path, tree: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def write_state(folder: Path, tree: dict[str, Any]) -> None:
+    """Write `state.json`, which vouches for all other files, with a checksum of itself."""
+    write_json(folder / STATE_FILE, {**tree, "checksum": _checksum_of(tree)})
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The `state.json` of a checkpoint.
 
@@ -115,15 +120,23 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = inside(folder, STATE_FILE)
     try:
         tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        stated = tree.pop("checksum", None)  # older versions wrote none
         version = tree["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if stated is not None and stated != _checksum_of(tree):
+        raise CheckpointError(f"{STATE_FILE} has a wrong checksum")
     if version != FORMAT:
         raise FormatError(
             f"{path} has format {version}; this version of kalmagrove reads format {FORMAT}; "
             "continue it with the version that made it, or use checkpoint.resume=never"
         )
     return tree
+
+
+def _checksum_of(tree: dict[str, Any]) -> int:
+    """CRC-32 of a tree of plain data, the same before it is written and after it is read."""
+    return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
 
 
 def checksum(path: Path) -> tuple[int, int]:

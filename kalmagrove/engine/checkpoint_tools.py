@@ -13,7 +13,6 @@ from torch import Tensor
 from kalmagrove.config import CheckpointError
 from kalmagrove.engine.checkpoint_files import (
     INDEX_FILE,
-    STATE_FILE,
     WEIGHTS_FILE,
     faults,
     find_checkpoints,
@@ -22,7 +21,7 @@ from kalmagrove.engine.checkpoint_files import (
     read_state,
     shard_file,
     sync,
-    write_json,
+    write_state,
 )
 from kalmagrove.engine.rank_state import RANK
 from kalmagrove.engine.tensor_files import FileWriter, Stored, TensorReader
@@ -118,7 +117,7 @@ def _convert(source: Path, files: FileWriter, weights_only: bool) -> None:
         raise files.error
     alone = {"world": 1, "tp": 1, "ep": 1, "cp": 1, "dp": 1, "zero.stage": 0}
     layout = {**state["layout"], **alone}
-    write_json(files.folder / STATE_FILE, {**state, "layout": layout, "files": files.written})
+    write_state(files.folder, {**state, "layout": layout, "files": files.written})
     sync(files.folder)
 
 

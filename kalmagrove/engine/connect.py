@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from kalmagrove.config import ConfigError, Training
+from kalmagrove.engine.signals import stop_with_launcher
 
 REQUIRED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -25,6 +26,7 @@ def connect(run: Training) -> torch.device:
         ConfigError: if a launcher set only some of its variables, or if there are more processes on
             this machine than GPUs.
     """
+    stop_with_launcher()
     found = rendezvous(os.environ, run.launch.port)
     os.environ.update(found)
     if not torch.cuda.is_available():

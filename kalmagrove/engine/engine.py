@@ -17,7 +17,15 @@ from kalmagrove.engine.config import deepspeed_config, resolve_precision
 from kalmagrove.engine.optim import build_optimizer
 from kalmagrove.engine.schedule import lr_factor
 from kalmagrove.engine.timer import Timer
-from kalmagrove.parallel import Groups, all_reduce_sum, any_rank, is_expert, shard_of
+from kalmagrove.engine.watchdog import Progress
+from kalmagrove.parallel import (
+    Groups,
+    all_gather_object,
+    all_reduce_sum,
+    any_rank,
+    is_expert,
+    shard_of,
+)
 
 Batch = dict[str, Any]
 
@@ -74,7 +82,8 @@ class Engine:
     module: the model itself. deepspeed: the DeepSpeedEngine around it. nonfinite_in_row: skipped
     steps since the last good one. nonfinite_total: since step 0. metrics: the module's after the
     last training step, and `aux_loss`, what was added to the cross-entropy. frozen: a digest of the
-    weights that do not train, None if all do. timer: seconds of the phases of steps.
+    weights that do not train, None if all do. timer: seconds of the phases of steps. progress:
+    where this rank is.
     """
 
     def __init__(
@@ -95,7 +104,8 @@ class Engine:
         self.nonfinite_in_row = 0
         self.nonfinite_total = 0
         self.metrics: dict[str, Tensor] = {}
-        self.timer = Timer(groups.device)
+        self._losses: list[Tensor] = []  # of the last step's micro-batches, on the device
+        self.timer, self.progress = Timer(groups.device), Progress()
         self.accumulation = run.accumulation(groups.dp.size)
         self._hyperparameters = [
             {key: value for key, value in group.items() if key != "params"}
@@ -119,16 +129,21 @@ class Engine:
         self.module.train()
         self.module.traffic()  # type: ignore[operator]  # not that of evaluations
         nll, aux = torch.zeros((2,), device=self.groups.device)
+        self._losses = []
         for batch in batches:
+            self.progress.at("forward")
             output = self.deepspeed(**self._to_device(batch))
             self.timer.lap("forward")
+            self.progress.at("backward")
             # NaN or infinity in the loss makes the factor NaN, and so every gradient, whatever the
             # graph does with it; otherwise it is exactly 1. The norm then reports both kinds of
             # failure.
             loss = output.loss.detach().float()
+            self._losses.append(loss)
             factor = 1 + 0 * loss
             self.deepspeed.backward(output.loss * factor)
             self.timer.lap("backward")
+            self.progress.at("optimizer")
             if self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._unsharded_norm() if self.run.zero.stage == 0 else None
             self.deepspeed.step()
@@ -170,6 +185,7 @@ class Engine:
 
         With context parallelism the mean over its cp ranks is the sum over the batch.
         """
+        self.progress.at("evaluation")
         self.module.eval()
         loss = self.deepspeed(**self._to_device({**batch, "normalizer": 1.0})).loss
         return loss.double(), (batch["targets"] != -100).sum().to(self.groups.device)
@@ -179,11 +195,19 @@ class Engine:
         bad = any(not bool(torch.isfinite(w).all()) for w in local_weights(self.deepspeed))
         return not any_rank(bad, self.groups.world, self.groups.device)
 
-    def nonfinite_reason(self, loss: Tensor) -> str:
-        """What was wrong with the step just skipped. All ranks call it."""
-        bad = (~torch.isfinite(loss)).to(torch.int64)
-        ranks = int(all_reduce_sum(bad, self.groups.world))
-        return f"loss not finite on {ranks} ranks" if ranks else "gradient not finite"
+    def nonfinite_reason(self) -> str:
+        """What was wrong with the step just skipped, and where. All ranks call it."""
+        here = [i for i, loss in enumerate(self._losses, start=1) if not math.isfinite(loss)]
+        found = all_gather_object(here, self.groups.world)
+        places = [
+            f"rank {rank}, micro-batch {', '.join(map(str, bad))} of {self.accumulation}"
+            for rank, bad in enumerate(found)
+            if bad
+        ]
+        if not places:
+            return "gradient not finite"
+        more = f"; and on {len(places) - 4} more ranks" if len(places) > 4 else ""
+        return f"loss not finite on {'; '.join(places[:4])}{more}"
 
     def _to_device(self, batch: Batch) -> Batch:
         return {

@@ -151,6 +151,18 @@ def collect(engine: Engine, file: str) -> tuple[dict[str, Stored], Index]:
     return tensors, index
 
 
+def bytes_to_save(engine: Engine) -> int:
+    """Of the tensors that this rank saves, counting optimizer states that the first step makes."""
+    tensors, _ = collect(engine, "")
+    total, optimizer = sum(stored.size for stored in tensors.values()), _inner(engine)
+    for part in held(engine):
+        if key_of(part.name, WEIGHT) in tensors:
+            kinds, _ = state_kinds(optimizer, part.group)
+            missing = set(kinds) - set(optimizer.state.get(part.flat, {}))
+            total += len(missing) * part.numel * part.flat.element_size()
+    return total
+
+
 def misfits(engine: Engine, index: Index) -> list[str]:
     """Why an index (that is covered) cannot be loaded by this rank, one line each."""
     parts, buffers = held(engine), _buffers(engine.module)

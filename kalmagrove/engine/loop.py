@@ -19,6 +19,7 @@ from kalmagrove.config import (
     DataError,
     Interrupted,
     NonFiniteError,
+    RankLost,
     Training,
 )
 from kalmagrove.engine.checkpoint import State, save
@@ -26,6 +27,7 @@ from kalmagrove.engine.engine import Batch, Engine
 from kalmagrove.engine.profile import StepProfiler
 from kalmagrove.engine.refit import refit_grids
 from kalmagrove.engine.signals import StopRequest
+from kalmagrove.engine.watchdog import Watchdog
 from kalmagrove.parallel import Groups, all_reduce_sum, any_rank, barrier
 from kalmagrove.track.records import GridRefit, StepRecord
 
@@ -54,6 +56,8 @@ class Observer(Protocol):
     def evaluated(self, step: int, tokens: int, nats: float, val_tokens: int) -> None: ...
 
     def checkpointed(self, step: int, tokens: int, path: Path, seconds: float) -> None: ...
+
+    def unsaved(self, step: int, tokens: int, reason: str) -> None: ...
 
     def skipped(self, step: int, reason: str) -> None: ...
 
@@ -102,16 +106,26 @@ def fit(
         BudgetReached: a cap of `run.budget` leaves no room for a step; what is done is saved.
         NonFiniteError: `engine.max_nonfinite` steps in a row gave no finite update, or the weights
             are not finite when they are to be saved.
-        CheckpointError: the last checkpoint of the run could not be written.
+        RankLost: another rank died.
+        CheckpointError: two saves in a row failed, or the last one of the run did.
     """
     meters.start(state.step, state.tokens)
     profiler = StepProfiler(run.profile, state.folder.parent / "profile", engine.groups)
+
+    def hung(what: str) -> None:
+        meters.stop("hung", step=state.step, reason=what)
+
+    watchdog = Watchdog(engine.progress, run.launch, engine.groups, state.folder.parent, hung)
     # Until the end: SIGTERM must not cut off the summary.
     with StopRequest(run.launch.reserve) as stop:
         try:
-            val_nats = _train(engine, batches, val_batches, meters, state, run, stop, profiler)
+            with watchdog:
+                val_nats = _train(engine, batches, val_batches, meters, state, run, stop, profiler)
         except BaseException as error:
-            _close(engine, meters, state, error)
+            lost = _rank_lost(engine, state, error)
+            _close(engine, meters, state, lost or error)
+            if lost is not None:
+                raise lost from error
             raise
         finally:
             profiler.close()
@@ -121,6 +135,18 @@ def fit(
             barrier(engine.groups.world)
     assert state.newest is not None, "the last step is saved"
     return Outcome("done", state.step, state.tokens, val_nats, engine.nonfinite_total, state.newest)
+
+
+def _rank_lost(engine: Engine, state: State, error: BaseException) -> RankLost | None:
+    """What an error of torch.distributed means."""
+    if not isinstance(error, torch.distributed.DistError) and "/gloo/" not in str(error):
+        return None
+    place, said = engine.progress.place, str(error).strip().split("\n")[0]
+    return RankLost(
+        f"another rank has ended or does not answer, in {place.phase} of step {place.step} "
+        f"({said.partition(' This is typically')[0]}); "
+        f"the last good checkpoint is {state.newest or 'none'}"
+    )
 
 
 def _close(engine: Engine, meters: Observer, state: State, error: BaseException) -> None:
@@ -199,9 +225,11 @@ def _continued_by(state: State, run: Training) -> str:
 
 def _step(engine: Engine, batches: Batches, meters: Observer, state: State, run: Training) -> None:
     engine.timer.begin()
+    engine.progress.at("data", state.step + 1)
     micro_batches = [next(batches) for _ in range(engine.accumulation)]
     engine.timer.lap("data")
     loss, grad_norm = engine.train_step(micro_batches, state.step)
+    engine.progress.at("report")
     lr = engine.lr(state.step)
     state.step += 1
     state.tokens += run.batch.tokens
@@ -218,7 +246,7 @@ def _step(engine: Engine, batches: Batches, meters: Observer, state: State, run:
         )
     )
     if engine.skipped:
-        reason = engine.nonfinite_reason(loss)
+        reason = engine.nonfinite_reason()
         meters.skipped(state.step, reason)
         _give_up(engine, state, run, reason)
     elif run.engine.refit_every and state.step % run.engine.refit_every == 0:
@@ -271,13 +299,17 @@ def mean_nats(
 
 
 def _save(engine: Engine, batches: Batches, meters: Observer, state: State, *, must: bool) -> None:
-    """Save; a failure is logged and tried again at the next save, unless this is the last one."""
+    """Save. A failure is noted and made good by the next save; two in a row end the run, as does
+    one of a save that `must` be: work that cannot be saved is not worth its price.
+    """
     try:
         path, seconds = save(engine, batches, meters, state)
     except CheckpointError as error:
-        if must:
+        if must or state.unsaved:
             raise
+        state.unsaved += 1
         if engine.groups.is_main:
-            log.error("%s; training goes on and tries again", error)
+            log.error("%s. Training goes on; if the next save fails too, the run ends", error)
+        meters.unsaved(state.step, state.tokens, str(error))
         return
     meters.checkpointed(state.step, state.tokens, path, seconds)

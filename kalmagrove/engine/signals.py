@@ -1,10 +1,12 @@
-"""Requests to stop: SIGINT, SIGTERM, a file, or the end of a Slurm job's time.
+"""Requests to stop: SIGINT, SIGTERM, a file, the launcher's death, or the end of a job's time.
 
 `fit` asks after every step and all ranks agree.
 """
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from kalmagrove.parallel import Groups, all_reduce_max
 
 STOP_FILE_VARIABLE = "KALMAGROVE_STOP_FILE"
+LAUNCHER_VARIABLE = "KALMAGROVE_LAUNCHER"  # process id; set by `engine.launcher` for its ranks
 END_VARIABLE = "SLURM_JOB_END_TIME"  # seconds since 1970; our batch script sets it for old Slurms
 
 
@@ -30,7 +33,9 @@ class StopRequest:
     def __init__(self, reserve: float = 0.0) -> None:
         self.reason: str | None = None
         end = os.environ.get(END_VARIABLE, "")
-        self._until = float(end) - reserve if end.isdigit() else float("inf")
+        # From here on by a clock that nobody sets.
+        left = float(end) - reserve - time.time() if end.isdigit() else float("inf")
+        self._until = time.monotonic() + left
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -64,10 +69,26 @@ class StopRequest:
         stop_file = os.environ.get(STOP_FILE_VARIABLE)
         if self.reason is None and stop_file and groups.is_main and Path(stop_file).exists():
             self.reason = f"the file {stop_file}"
-        if self.reason is None and groups.is_main and time.time() > self._until:
+        if self.reason is None and groups.is_main and time.monotonic() > self._until:
             self.reason = "the end of the job's time"
         heard = 2 if over_budget else int(self.reason is not None)
         if groups.world.size > 1:
             told = torch.tensor(heard, device=groups.device)
             heard = int(all_reduce_max(told, groups.world).item())
         return ("go on", "stop", "over budget")[heard]
+
+
+def stop_with_launcher() -> None:
+    """In a rank that `engine.launcher` started: see `stop_with`."""
+    if LAUNCHER_VARIABLE in os.environ:
+        stop_with(int(os.environ[LAUNCHER_VARIABLE]))
+
+
+def stop_with(parent: int) -> None:
+    """From now on this process gets SIGTERM when its `parent` dies; on Linux alone."""
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+    if os.getppid() != parent:  # it has died before that
+        os.kill(os.getpid(), signal.SIGTERM)

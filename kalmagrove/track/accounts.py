@@ -32,7 +32,7 @@ class Session:
 
     @property
     def ended(self) -> str:
-        """done | stopped | budget | failed | open: killed, or still running."""
+        """done | stopped | budget | failed | hung | open: killed, or still running."""
         return str(self.last["status"]) if self.last["event"] == "stop" else "open"
 
     @property

@@ -4,16 +4,13 @@ Digests tell of lines that were changed, taken out or put in by hand; who change
 them as well is not found. Ledgers of older versions have none, nor phases: theirs are passed over.
 """
 
-import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kalmagrove.config import KalmaGroveError
-from kalmagrove.track.ledger import FIRST, Line, line_digest
+from kalmagrove.track.ledger import FIRST, Line, line_digest, parse_line, split_digest
 
-DIGEST = re.compile(r'^(?P<body>.*), "digest": "(?P<digest>[0-9a-f]{12})"\}$')
 CUMULATIVE = ("device_seconds", "wall_seconds", "usd")  # over all sessions
 WITHIN = ("step", "tokens", "mono")  # in one session
 TOLERANCE = 0.01  # of a session's wall clock
@@ -36,13 +33,14 @@ def faults(path: Path) -> list[str]:
     before = ""
     raw = content.splitlines()
     for number, text in enumerate(raw, start=1):
-        line = _parse(text)
+        line = parse_line(text)
         if line is None:
             torn = number == len(raw)
             what = "is torn: a kill came while it was written" if torn else "is no ledger line"
             found.append((number, what))
+            _, before = split_digest(text) or ("", before)
             continue
-        wrong = _changed(text.decode(), before)
+        wrong = _changed(text, before)
         before = line.get("digest", "")
         if wrong:
             found.append((number, wrong))
@@ -51,20 +49,13 @@ def faults(path: Path) -> list[str]:
     return [f"line {number} {wrong}" for number, wrong in sorted(found)]
 
 
-def _parse(text: bytes) -> Line | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and "event" in line else None
-
-
-def _changed(text: str, before: str) -> str | None:
+def _changed(text: bytes, before: str) -> str | None:
     """before: the digest of the line before; "" if it has none."""
-    match = DIGEST.match(text)
-    if match is None:
+    parts = split_digest(text)
+    if parts is None:
         return "has no digest, but the one before it has" if before else None
-    if line_digest(before, match["body"]) == match["digest"]:
+    body, digest = parts
+    if line_digest(before, body) == digest:
         return None
     return "was changed, or lines before it were taken out or put in"
 

@@ -4,8 +4,10 @@
 receives the plain lines whatever the screen shows.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +23,8 @@ from kalmagrove.track.budget import show
 from kalmagrove.track.cost import show_usd
 from kalmagrove.track.stragglers import straggler_text
 
+log = logging.getLogger(__name__)
+
 Mode = Literal["auto", "live", "plain", "off"]
 
 
@@ -30,7 +34,7 @@ class Console:
     def __init__(
         self, mode: Mode, title: str, steps: int, log: Path, screen: RichConsole | None = None
     ) -> None:
-        """Open `log` for appending.
+        """Open `log` for appending. Lines that it cannot take are missing there, with a warning.
 
         Args:
             mode: auto is live on a terminal and plain otherwise; off writes the log only.
@@ -42,7 +46,7 @@ class Console:
             mode = "live" if screen is None and sys.stdout.isatty() else "plain"
         self._mode = mode
         log.parent.mkdir(parents=True, exist_ok=True)
-        self._log = log.open("a", encoding="utf-8", buffering=1)
+        self._log, self._failed = log.open("ab", buffering=0), False
         self._live: Live | None = None
         self._last: dict[str, Any] = {}
         self._done = 0
@@ -65,20 +69,22 @@ class Console:
         self._done = line["step"]
         text = plain_line(line, self._steps)
         if self._live and line["event"] == "step":
-            self._log.write(text + "\n")
+            self._keep(text + "\n")
             self._refresh()
         else:
             self.note(text)
 
     def note(self, text: str) -> None:
         """One line of text: above the live panel, or as a plain line."""
-        self._log.write(text + "\n")
+        self._keep(text + "\n")
         if self._mode != "off":
             self._screen.print(Text(text), soft_wrap=True)
 
     def show(self, what: RenderableType) -> None:
         """A table: on the screen, and as text in the log."""
-        RichConsole(file=self._log, width=100, no_color=True).print(what)
+        text = StringIO()
+        RichConsole(file=text, width=100, no_color=True).print(what)
+        self._keep(text.getvalue())
         if self._mode != "off":
             self._screen.print(what)
 
@@ -92,6 +98,15 @@ class Console:
     def close(self) -> None:
         self.stop()
         self._log.close()
+
+    def _keep(self, text: str) -> None:
+        """Append to the log, which is a copy: the ledger has it all."""
+        try:
+            self._log.write(text.encode())
+        except OSError as error:
+            if not self._failed:
+                log.warning("%s cannot be written (%s)", self._log.name, error.strerror)
+            self._failed = True
 
     def _refresh(self) -> None:
         if self._live:
@@ -153,6 +168,8 @@ def plain_line(line: Mapping[str, Any], steps: int) -> str:
             return f"{at}val {text} nats" + _bits(line) + _took(line)
         case "checkpoint":
             return f"{at}saved {line['path']}" + _took(line)
+        case "unsaved":
+            return f"{at}NOT SAVED: {line['reason']}"
         case "skip":
             return f"{at}skipped: {line['reason']}"
         case "refit":

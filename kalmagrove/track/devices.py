@@ -9,7 +9,8 @@ listed has no peak: null, not a guess.
 import re
 
 PEAKS = (  # the first that is found in the name
-    (r"GB200|B200", 2250.0),  # NVIDIA Blackwell (HGX B200) data sheet: 4.5 PFLOP/s sparse
+    (r"GB200", 2500.0),  # GB200 NVL72 data sheet, a GPU: 5 PFLOP/s sparse
+    (r"B200", 2250.0),  # HGX B200 data sheet: 4.5 PFLOP/s sparse
     (r"B100", 1750.0),  # the same: 3.5 PFLOP/s sparse
     (r"H200 NVL", 835.5),  # H200 data sheet, NVL: 1,671 sparse
     (r"GH200|H200", 989.5),  # H200 and GH200 data sheets: 1,979 sparse

@@ -5,16 +5,20 @@ Rank 0's `Meters` writes it; console, W&B, summary and report read from it.
 Every line holds `event, time, mono, step, tokens, device_seconds, wall_seconds, usd`; the last
 three are cumulative over all sessions of the run, work that a kill threw away included. Lines are
 never removed: a session that begins at step S (event `start` or `resume`) makes the lines after S
-history that did not last. A line ends with a digest of itself and the one before it, by which
-`kalmagrove ledger verify` finds what was changed later.
+history that did not last. A line ends with a digest of itself and the one before it: what was
+changed later is found by `kalmagrove ledger verify`, and left out by all who read, with a warning.
 """
 
+import errno
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -25,9 +29,14 @@ from kalmagrove.config import KalmaGroveError
 from kalmagrove.track.cost import Spent
 from kalmagrove.track.redact import scrub
 
-Event = Literal["start", "step", "eval", "checkpoint", "skip", "refit", "budget", "resume", "stop"]
+log = logging.getLogger(__name__)
+
+Event = Literal[
+    "start", "step", "eval", "checkpoint", "unsaved", "skip", "refit", "budget", "resume", "stop"
+]
 Line = dict[str, Any]
 FIRST = ("start", "resume")  # the events that begin a session
+DIGEST = re.compile(r'^(?P<body>.*), "digest": "(?P<digest>[0-9a-f]{12})"\}$')
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class History:
-    """All lines of a ledger, oldest first, and what follows from them."""
+    """All whole lines of a ledger, oldest first, and what follows from them."""
 
     lines: tuple[Line, ...]
 
@@ -122,10 +131,11 @@ class History:
 def read_history(path: Path) -> History:
     """Read a ledger, of a live run too: a last line that is still torn is left out.
 
-    Raises:
-        KalmaGroveError: naming the line, if one before the last is not JSON.
+    So are damaged lines, with a warning: no figure of theirs can be trusted.
     """
-    return History(tuple(_parse(path, path.read_bytes())[0]))
+    found = _parse(path.read_bytes())
+    found.warn(path)
+    return History(tuple(found.lines))
 
 
 class Ledger:
@@ -138,18 +148,19 @@ class Ledger:
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Open or create `path`; a last line torn by a kill is cut off."""
+        """Open or create `path`; a last line torn by a kill is cut off, damaged ones stay."""
         self.path, self._clock, self._now = path, clock, now
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
-        lines, good = _parse(path, content)
-        self._digest = lines[-1].get("digest", "") if lines else ""
+        found = _parse(content)
+        found.warn(path)
+        self._digest, good = found.digest, found.whole
         self._file = path.open("ab", buffering=0)  # a line is one write to the system
         if good < len(content):
             self._file.truncate(good)
         if good and content[good - 1 : good] != b"\n":
             self._file.write(b"\n")
-        self.lines, self.bytes = len(lines), path.stat().st_size
+        self.lines, self.bytes = len(found.lines), path.stat().st_size
 
     def write(self, event: Event, step: int, tokens: int, spent: Spent, **facts: Any) -> Line:
         """Append one line and return it.
@@ -175,19 +186,21 @@ class Ledger:
         try:
             done = self._file.write(text)
             if done != len(text):
-                raise OSError(f"{done} of {len(text)} bytes written")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if event in ("checkpoint", "stop"):
                 os.fsync(self._file.fileno())
         except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(self.bytes)  # half a line would spoil the next one
             raise KalmaGroveError(
                 f"{self.path}: the ledger cannot be written ({error.strerror or error}); "
-                "make room and run the same command again"
+                "make room and run the same command again: it continues from the last checkpoint"
             ) from error
         self.lines, self.bytes, self._digest = self.lines + 1, self.bytes + len(text), digest
         return clean
 
     def history(self) -> History:
-        return read_history(self.path)
+        return History(tuple(_parse(self.path.read_bytes()).lines))
 
     def series(self, event: Event) -> list[Line]:
         """See `History.series`."""
@@ -202,26 +215,67 @@ def line_digest(before: str, body: str) -> str:
     return hashlib.sha256(f"{before}{body}".encode()).hexdigest()[:12]
 
 
-def _parse(path: Path, content: bytes) -> tuple[list[Line], int]:
-    """The lines, and the length of the part of `content` that holds whole lines."""
-    lines: list[Line] = []
-    good = 0
+@dataclass
+class _Content:
+    """What is in a ledger's file.
+
+    damaged: numbers of the lines that are left out, from 1. whole: bytes up to a torn last line.
+    digest: of the last whole line; "": it has none.
+    """
+
+    lines: list[Line]
+    damaged: list[int]
+    whole: int = 0
+    digest: str = ""
+
+    def warn(self, path: Path) -> None:
+        if self.damaged:
+            numbers = ", ".join(map(str, self.damaged[:5]))
+            log.warning(
+                "%s: %d damaged or changed lines are left out (%s%s), the file is as it was; "
+                "see kalmagrove ledger verify %s",
+                path, len(self.damaged), numbers, ", ..." if len(self.damaged) > 5 else "", path,
+            )  # fmt: skip
+
+
+def _parse(content: bytes) -> _Content:
+    found = _Content([], [])
     raw = content.splitlines(keepends=True)
+    before: set[str] | None = {""}  # what the line before may have as its digest; None: unknown
     for number, text in enumerate(raw, start=1):
-        try:
-            line = json.loads(text)
-            if not isinstance(line, dict) or "event" not in line:
-                raise ValueError("not an event")
-        except ValueError:
-            if number == len(raw):
-                break  # torn by a kill in the middle of a write
-            raise KalmaGroveError(
-                f"{path}: line {number} is not a ledger line; the file was changed by other means, "
-                "restore it or move it away to begin a new one"
-            ) from None
-        lines.append(line)
-        good += len(text)
-    return lines, good
+        line, match = parse_line(text), split_digest(text)
+        if line is None and number == len(raw):
+            break  # torn by a kill in the middle of a write
+        found.whole += len(text)
+        fits = line is not None
+        if match is None:
+            before = None
+            found.digest = "" if line else found.digest
+        else:
+            body, found.digest = match
+            due = None if before is None else {line_digest(digest, body) for digest in before}
+            fits = fits and (due is None or found.digest in due)
+            before = {found.digest} if fits else {found.digest, *(due or ())}
+        if line is not None and fits:
+            found.lines.append(line)
+        else:
+            found.damaged.append(number)
+    return found
+
+
+def split_digest(text: bytes) -> tuple[str, str] | None:
+    """A line's text without its digest, and the digest; None if it has none."""
+    match = DIGEST.match(text.decode(errors="replace").rstrip("\n"))
+    return (match["body"], match["digest"]) if match else None
+
+
+def parse_line(text: bytes) -> Line | None:
+    """A line of the file; None if it is none."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and "event" in line else None
 
 
 def _finite(value: Any) -> Any:

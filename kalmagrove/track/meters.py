@@ -202,6 +202,11 @@ class Meters:
             facts["shares"] = self._shares
         self._note("checkpoint", step, tokens, **facts)
 
+    def unsaved(self, step: int, tokens: int, reason: str) -> None:
+        """Note a save that failed; what was written of it is gone."""
+        self._pause("checkpoint")
+        self._note("unsaved", step, tokens, reason=reason)
+
     def skipped(self, step: int, reason: str) -> None:
         """Note a step without an update."""
         self._note("skip", step, self._tokens, reason=reason)
@@ -215,15 +220,16 @@ class Meters:
         """Close the run: last line, summary.json and results table. A second call does nothing.
 
         Args:
-            status: done | stopped | budget | failed. After a failure no other rank is waited for.
+            status: done | stopped | budget | failed | hung. After the last two no other rank is
+                waited for.
             facts: JSON values for the last line and the summary; `step`, if given, is the last one.
         """
         if self._stopped:
             return
-        self._stopped, self._failed = True, status == "failed"
+        self._stopped, self._failed = True, status in ("failed", "hung")
         self._step = facts.pop("step", self._step)
         facts = {key: scrub(fact) if isinstance(fact, str) else fact for key, fact in facts.items()}
-        if status != "failed":
+        if not self._failed:
             if self._window.steps:
                 self._flush()
             self._measure_energy()
@@ -246,7 +252,7 @@ class Meters:
         if summary["val_loss_nats"] is not None and status == "done":
             self._console.show(results_table(summary))
         for sink in self._sinks:
-            if said := sink.close(summary, exit_code=int(status == "failed")):
+            if said := sink.close(summary, exit_code=int(self._failed)):
                 self._console.note(said)
         self._console.close()
         self._ledger.close()

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -123,6 +124,8 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:
         part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise KalmaGroveError(
             f"{path} cannot be written ({error.strerror}); the ledger beside it is whole"
         ) from error

@@ -150,7 +150,7 @@ def send_run(
         sink = WandbSink(track, run_dir, run_name, config=config, timeout=timeout)
         for line in lines:
             sink.log(line)
-        return sink.close(summary, exit_code=int(summary.get("status") == "failed"))
+        return sink.close(summary, exit_code=int(summary.get("status") in ("failed", "hung")))
     except Exception as error:  # wandb's, of many kinds
         said = scrub(str(error).strip().split("\n")[0])
         raise KalmaGroveError(

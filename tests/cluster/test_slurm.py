@@ -102,7 +102,7 @@ def test_out_of_time_and_submitted_by_a_job(
     """A reserve of almost all the time leaves room for a step a try."""
     words = ["-m", "hydra/launcher=slurm", "hydra.launcher.wait=false", "cluster=loopback"]
     words += [f"hydra.searchpath=[file://{Path(__file__).with_name('conf')}]", *settings]
-    words += ["launch.reserve=595", "steps=3", "name=short", "cluster.slurm.restarts=1"]
+    words += ["launch.reserve=598", "steps=3", "name=short", "cluster.slurm.restarts=1"]
     command = kalmagrove("train", *words)
     job = ["--wait", "-p", "main", "-o", "outer.log", f"--wrap={shlex.join(command)}"]
     done = run("sbatch", *job, cwd=tmp_path, env=slurm)

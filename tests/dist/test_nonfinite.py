@@ -38,7 +38,9 @@ def test_bad_steps_change_nothing_at_any_stage(results: dict[str, Any]) -> None:
             assert facts["skipped"] == [True, True], where
             assert facts["unchanged"] == [True, True], where
             assert facts["next_equal"] == [True] * 4, where
-            assert facts["reasons"] == ["loss not finite on 1 ranks", "gradient not finite"], where
+            loss, gradient = facts["reasons"]
+            assert loss == "loss not finite on rank 1, micro-batch 1 of 2", where
+            assert gradient == "gradient not finite", where
             assert facts["total"] == 2, where
 
 

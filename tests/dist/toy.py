@@ -202,6 +202,9 @@ class Recorder:
     def checkpointed(self, step: int, tokens: int, path: Any, seconds: float) -> None:
         self.events.append(["checkpointed", step, path.name])
 
+    def unsaved(self, step: int, tokens: int, reason: str) -> None:
+        self.events.append(["unsaved", step, reason])
+
     def skipped(self, step: int, reason: str) -> None:
         self.events.append(["skipped", step, reason])
 

@@ -37,6 +37,7 @@ HOMES = {
     "lm_eval": "evaluate",
     "hydra": "cli",
     "omegaconf": "cli",
+    "optuna": "cli",
     "triton": "kernels",
 }
 

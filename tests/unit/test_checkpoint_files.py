@@ -1,5 +1,6 @@
 """Finding, verifying, rotating and comparing checkpoints; files with checksums."""
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from kalmagrove.engine.checkpoint_files import (
     set_aside,
     step_folder,
     write_json,
+    write_state,
 )
 from kalmagrove.engine.engine import frozen_digest
 from kalmagrove.engine.tensor_files import FileWriter, Stored, TensorReader, write_tensors
@@ -82,6 +84,23 @@ def test_damage_is_named(tmp_path: Path) -> None:
     assert faults(path) == ["shard-00000.safetensors is missing"]
     (path / "state.json").write_text('{"format": 1, "files"')
     assert "state.json cannot be read" in faults(path)[0]
+
+
+def test_every_bit_of_the_state_is_vouched_for(tmp_path: Path) -> None:
+    good = {"format": FORMAT, "step": 4, "batches": {"samples": 64}, "files": {}}
+    write_state(tmp_path, good)
+    path = tmp_path / "state.json"
+    whole = path.read_bytes()
+    unnoticed = [read_state(tmp_path)]
+    for place in range(len(whole)):
+        for bit in range(8):
+            spoilt = bytearray(whole)
+            spoilt[place] ^= 1 << bit
+            path.write_bytes(spoilt)
+            with contextlib.suppress(CheckpointError):
+                unnoticed.append(read_state(tmp_path))
+    for tree in unnoticed:  # white space, and the name of the checksum itself
+        assert {key: tree[key] for key in good} == good
 
 
 def test_ranks_share_the_reading(tmp_path: Path) -> None:

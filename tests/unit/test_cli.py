@@ -239,7 +239,7 @@ def test_exit_codes() -> None:
 def test_a_launcher_that_lost_the_run_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(launch, "launch", lambda run, nproc: 0)
+    monkeypatch.setattr(train, "supervise", lambda run, nproc: 0)
     monkeypatch.setattr("kalmagrove.data.prepare", lambda data: None)
     monkeypatch.setattr("kalmagrove.data.check_seq_len", lambda prepared, seq_len: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -19,6 +19,7 @@ from kalmagrove.config import (
     Inspect,
     Plan,
     Prepare,
+    Search,
     load,
     validate,
 )
@@ -36,8 +37,9 @@ VERBS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "evaluate": lambda tree: validate(Evaluate, tree),
     "inspect": lambda tree: validate(Inspect, tree),
     "plan": lambda tree: validate(Plan, tree),
+    "sweep": lambda tree: validate(Search, tree),
 }
-GIVEN = {"retrofit": [BASE]}  # what a verb has no default for
+GIVEN = {"retrofit": [BASE], "sweep": ["study=lr"]}  # what a verb has no default for
 NEEDS = {  # options that only make sense with something the user gives
     "data/text": ["data.source.paths=[a.txt]"],
     "data/jsonl": ["data.source.paths=[a.jsonl]"],

@@ -92,6 +92,20 @@ def test_durations_and_dollars() -> None:
     assert show_spent(None, 1.0) == "unknown price"
 
 
+def test_a_log_that_cannot_be_written_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    out = io.StringIO()
+    console = Console("plain", "tiny", 300, Path("/dev/full"), RichConsole(file=out, width=110))
+    console.line(STEP)
+    console.show("a table")
+    console.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "/dev/full cannot be written (No space left on device)"
+    ]
+    assert plain_line(STEP, 300) in out.getvalue()
+
+
 @pytest.mark.parametrize("mode", ["plain", "live", "off", "auto"])
 def test_the_log_gets_every_line_whatever_the_screen_shows(mode: Any, tmp_path: Path) -> None:
     out = io.StringIO()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kalmagrove import config
-from kalmagrove.config import CheckpointError, ConfigError
+from kalmagrove.config import CheckpointError, ConfigError, DataError
 from kalmagrove.data import build_batches, prepare, val_batches
 from kalmagrove.data.loader import Rows
 from kalmagrove.data.store import TokenStore
@@ -194,3 +194,16 @@ def test_importing_data_needs_no_heavy_library():
     code = f"import sys, kalmagrove.data; print({heavy} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def test_a_token_outside_the_vocabulary_is_named_before_the_model_sees_it(prepared):
+    bad = np.array(prepared.train.tokens)
+    bad[5 * T + 3] = prepared.vocab_size
+    rows = Rows(TokenStore(bad, prepared.train.offsets, None), T, 0, False, prepared.vocab_size)
+    assert rows.read([4], 1.0)["tokens"].shape == (1, T)
+    said = r"row 5 holds token (\d+), of a vocabulary of \1; .*prepare verify=true"
+    with pytest.raises(DataError, match=said):
+        rows.read([4, 5], 1.0)
+    for batches in (build_batches, val_batches):
+        loader = batches(prepared, make_run(prepared), 0, 1)
+        assert loader._rows._vocab == prepared.vocab_size

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kalmagrove import config
+from kalmagrove.cli import prepare as cli_prepare
 from kalmagrove.config import DataError
 from kalmagrove.data import open_prepared, prepare, store
 
@@ -155,6 +156,22 @@ def test_a_damaged_cache_is_named(tmp_path, checked, name, damage, message):
     for attempt in (lambda: open_prepared(prepared.path), lambda: prepare(data, progress=False)):
         with pytest.raises(DataError, match=expected):
             attempt()
+
+
+def test_bits_that_fell_over_on_the_disk_are_found_by_verify(tmp_path, capsys):
+    """They change no date: only reading all of it finds them."""
+    data = settings(tmp_path, write(tmp_path / "a", corpus(30)))
+    prepared = prepare(data, progress=False)
+    assert cli_prepare._prepare(config.Prepare(data=data, verify=True)) == 0
+    assert "verified   every file has the size and checksum" in capsys.readouterr().out
+    flip(prepared.path / "train.tokens")
+    notes = json.loads((prepared.path / store.VERIFIED).read_text())
+    stat = (prepared.path / "train.tokens").stat()
+    notes["train.tokens"][1:3] = [stat.st_mtime_ns, stat.st_ctime_ns]
+    (prepared.path / store.VERIFIED).write_text(json.dumps(notes))
+    assert prepare(data, progress=False).path == prepared.path
+    with pytest.raises(DataError, match=r"content of train\.tokens does not match its checksum"):
+        cli_prepare._prepare(config.Prepare(data=data, verify=True))
 
 
 def test_a_missing_cache_is_named(tmp_path):

@@ -1,14 +1,17 @@
 """The ledger: whole lines only, resume arithmetic, lost work."""
 
 import json
+import resource
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kalmagrove.config import KalmaGroveError
 from kalmagrove.track import Ledger, Spent, read_history
+from kalmagrove.track.audit import faults
 
 pytestmark = pytest.mark.unit
 
@@ -74,13 +77,63 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
     assert [line["step"] for line in ledger.series("step")] == [1, 2, 3, 4, 5]
 
 
-def test_damage_in_the_middle_is_named_not_skipped(tmp_path: Path) -> None:
+def changed(lines: list[bytes], number: int, old: bytes, new: bytes) -> list[bytes]:
+    assert lines[number - 1].count(old) == 1
+    return [*lines[: number - 1], lines[number - 1].replace(old, new), *lines[number:]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "left_out"),
+    [
+        (lambda lines: [lines[0], b"oops\n", *lines[1:]], [2]),
+        (lambda lines: changed(lines, 2, b'"loss": 8', b'"loss": 0'), [2]),
+        (lambda lines: changed(lines, 3, b'"usd": 0.2', b'"usd": 9.2'), [3]),
+        (lambda lines: changed(lines, 3, b'"step": 2', b'"stex": 2'), [3]),
+        (lambda lines: changed(lines, 3, b'{"event', b"{ event"), [3]),
+        (lambda lines: changed(lines, 4, b'"path": "c"', b'"path": "\xff"'), [4]),
+        (lambda lines: changed(lines, 1, b'"start"', b'"strrt"'), [1]),
+        (lambda lines: [*lines[:1], lines[1][:-5] + b"0" + lines[1][-4:], *lines[2:]], [2]),
+        (lambda lines: [*lines[:2], *lines[3:]], [3]),
+        (lambda lines: [*lines[:1], lines[1].rstrip() + lines[2], *lines[3:]], [2]),
+    ],
+)
+def test_damage_is_left_out_named_and_kept_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any, left_out: list[int]
+) -> None:
     path = tmp_path / "ledger.jsonl"
     write_run(path).close()
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([lines[0], b"oops\n", *lines[1:]]))
-    with pytest.raises(KalmaGroveError, match=r"ledger.jsonl: line 2 is not a ledger line"):
-        read_history(path)
+    whole = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(damage(whole)))
+    spoilt = path.read_bytes()
+    numbered = enumerate(spoilt.splitlines(keepends=True), start=1)
+    kept = [json.loads(text) for number, text in numbered if number not in left_out]
+    assert list(read_history(path).lines) == kept
+    said = f"{path}: 1 damaged or changed lines are left out ({left_out[0]}), the file is as it was"
+    assert said in caplog.text
+    ledger = open_ledger(path)
+    ledger.write("resume", 2, 20, spent(41), **NOTHING_LOST)
+    ledger.close()
+    assert path.read_bytes().startswith(spoilt)
+    assert read_history(path).lines[-1]["event"] == "resume"
+    named = [fault for fault in faults(path) if "no ledger line" in fault or "changed" in fault]
+    assert named[0].startswith(f"line {left_out[0]} ")
+    assert not any(f"line {len(kept) + 2} " in fault for fault in named), "the new line is whole"
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
+    """A disk that takes the first bytes of a line, and then none."""
+    ledger = write_run(tmp_path / "ledger.jsonl")
+    before, size = resource.getrlimit(resource.RLIMIT_FSIZE), ledger.bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, before[1]))
+    try:
+        with pytest.raises(KalmaGroveError, match="the ledger cannot be written"):
+            ledger.write("step", 5, 50, spent(50), loss=4.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ledger.path.stat().st_size == size
+    ledger.write("stop", 5, 50, spent(51), status="failed")
+    assert faults(ledger.path) == []
+    assert [line["event"] for line in ledger.history().lines[-2:]] == ["step", "stop"]
 
 
 def test_resume_replaces_history_but_not_cost(tmp_path: Path) -> None:
@@ -123,7 +176,7 @@ def test_a_full_disk_is_a_clear_error() -> None:
         pytest.skip("no /dev/full on this system")
     ledger = Ledger.__new__(Ledger)
     ledger.path, ledger._file = full, full.open("ab", buffering=0)
-    ledger._digest = ""
+    ledger._digest, ledger.bytes = "", 0
     ledger._clock, ledger._now = (lambda: 0.0), (lambda: datetime.now(UTC))
     with pytest.raises(KalmaGroveError, match=r"cannot be written \(No space left on device\)"):
         ledger.write("step", 1, 1, spent(1))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kalmagrove.cli import local, sweep
+from kalmagrove.cli import local, multirun
 from kalmagrove.cli.compose import compose_tree
 from kalmagrove.config import ConfigError, Run, load
 
@@ -59,7 +59,7 @@ def test_gpus_are_shared_out(
     assert failed[tmp_path / "run-1"].startswith("exit code 3: kalmagrove: no luck (")
     assert (len(ran), finished) == (3, [])
     with pytest.raises(SystemExit) as end:
-        sweep.tell(failed, ran, finished)
+        multirun.tell(failed, ran, finished)
     assert end.value.code == 1
 
 
@@ -98,4 +98,4 @@ def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
 
     points = [["name=same", "seed=1"], ["name=same", "seed=2"]]
     with pytest.raises(ConfigError, match="name=same is the folder of 2 runs of the sweep"):
-        sweep.parsed("train", Loader(), None, points)
+        multirun.parsed("train", Loader(), None, points)

@@ -14,6 +14,7 @@ from tiny_run import make_run
 from kalmagrove.config import BudgetReached, Interrupted, NonFiniteError
 from kalmagrove.engine import loop
 from kalmagrove.engine.checkpoint import State
+from kalmagrove.engine.watchdog import Progress
 from kalmagrove.parallel import Groups
 
 pytestmark = pytest.mark.unit
@@ -46,7 +47,7 @@ def ended(
 
     monkeypatch.setattr(loop, "_train", train)
     monkeypatch.setattr(loop, "barrier", lambda _: barriers.append(f"{len(meters.ends)} ends"))
-    engine = SimpleNamespace(groups=Groups.single(), nonfinite_total=0)
+    engine = SimpleNamespace(groups=Groups.single(), nonfinite_total=0, progress=Progress())
     state = State(Path("checkpoints"), step=3, saved=3)
     raises = isinstance(result, BaseException)
     with pytest.raises(type(result)) if raises else contextlib.nullcontext() as raised:

@@ -3,7 +3,9 @@
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from kalmagrove.config import Run
 from kalmagrove.parallel import Groups
 from kalmagrove.track import GridRefit, Meters, StepRecord, build_meters, read_history
+from kalmagrove.track.audit import faults
 from kalmagrove.track.model_metrics import split_metrics, to_scalars
 
 pytestmark = pytest.mark.unit
@@ -38,6 +41,7 @@ class Session:
     def __init__(self, run_dir: Path, run: Run | None = None, clock: Clock | None = None) -> None:
         self.run, self.clock, self.out = run or make_run(), clock or Clock(), io.StringIO()
         self.path, self.done = run_dir, 0
+        self.now: Callable[[], datetime] = lambda: datetime.now(UTC)
         self.meters: Meters = build_meters(
             self.run,
             run_dir,
@@ -49,6 +53,7 @@ class Session:
             baselines={"unigram_nats": 6.0, "bigram_nats": 4.5},
             started=self.clock(),
             clock=self.clock,
+            now=lambda: self.now(),
             screen=RichConsole(file=self.out, width=200),
         )
 
@@ -380,13 +385,15 @@ def test_stop_closes_the_averages_once(tmp_path: Path) -> None:
     assert "stopped  $0.02" in log
 
 
-def test_a_failure_waits_for_no_other_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", ["failed", "hung"])
+def test_a_failure_waits_for_no_other_rank(status: str, tmp_path: Path) -> None:
     session = Session(tmp_path)
     session.meters.start(0, 0)
     session.step(1, 4.0)
-    session.meters.stop("failed", reason="too many non-finite steps")
+    session.meters.stop(status, reason="too many non-finite steps")
     assert session.lines("step") == [], "averaging is a collective"
-    assert json.loads((tmp_path / "summary.json").read_text())["reason"].startswith("too many")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["status"], summary["reason"][:8]) == (status, "too many")
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,6 +409,31 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     meters.checkpointed(2, 32, tmp_path, 0.1)
     meters.stop("done")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clock_that_is_set_moves_neither_cost_nor_order(tmp_path: Path) -> None:
+    """An hour back in the first session; a day ahead, after a reboot, in the second."""
+    session, wall = Session(tmp_path), [datetime(2026, 1, 1, 12, tzinfo=UTC)]
+    session.now = lambda: wall[0]
+    for hours, steps in ((-1, range(1, 5)), (24, range(5, 9))):
+        session.meters.start(steps[0] - 1, 16 * (steps[0] - 1))
+        for step in steps:
+            session.step(step)
+            if step == steps[2]:
+                wall[0] += timedelta(hours=hours)
+        session.meters.checkpointed(step, 16 * step, tmp_path / "step", 0.0)
+        kept = session.meters.state_dict()
+        session.meters.stop("stopped")
+        rebooted = Clock()
+        rebooted.time = 5.0  # it counts from the machine's start
+        session = Session(tmp_path, clock=rebooted)
+        session.now = lambda: wall[0]
+        session.meters.load_state_dict(kept)
+    history = read_history(tmp_path / "ledger.jsonl")
+    assert history.spent.wall_seconds == pytest.approx(8 * 2.0)
+    times = [line["time"] for line in history.lines]
+    assert times != sorted(times), "the clock was set back"
+    assert faults(tmp_path / "ledger.jsonl") == []
 
 
 def test_the_clock_starts_with_the_process(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from kalmagrove.config import ConfigError, Profile, Training
 from kalmagrove.engine import loop
 from kalmagrove.engine.checkpoint import State
 from kalmagrove.engine.profile import StepProfiler
+from kalmagrove.engine.watchdog import Progress
 from kalmagrove.parallel import Groups
 
 pytestmark = pytest.mark.unit
@@ -71,7 +72,7 @@ def test_a_run_that_ends_early_leaves_what_it_has(
     meters = SimpleNamespace(
         start=lambda *_: None, stop=lambda *_, **__: None, over_budget=lambda: None
     )
-    engine: Any = SimpleNamespace(groups=Groups.single())
+    engine: Any = SimpleNamespace(groups=Groups.single(), progress=Progress())
     run = make_run(profile={"steps": [2, 9]}, eval={"every": 100}, checkpoint={"every": 100})
     with pytest.raises(RuntimeError, match="the third step"):
         loop.fit(engine, None, [], meters, State(tmp_path / "checkpoints"), run)  # type: ignore[arg-type]

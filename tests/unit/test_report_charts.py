@@ -76,7 +76,7 @@ def test_any_values_stay_inside_the_drawing(x: list[float], y: list[float]) -> N
         for px, py in places:
             assert 0 <= float(px) <= box[2]
             assert 0 <= float(py) <= box[3]
-        assert svg.count("class=tick") >= 2
+        assert svg.count('class="tick"') >= 2
 
 
 def test_places_on_a_scale() -> None:

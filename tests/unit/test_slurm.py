@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kalmagrove.cli import slurm, sweep
+from kalmagrove.cli import multirun, slurm
 from kalmagrove.cli.compose import compose_tree
 from kalmagrove.config import ConfigError, KalmaGroveError, Run, load
 from kalmagrove.engine.signals import StopRequest
@@ -73,6 +73,61 @@ def test_the_batch_script(start: str, tmp_path: Path) -> None:
     assert "apptainer exec i.sif" in text
     assert not any(f"@{word}@" in text for word in ("OPTIONS", "RUNS", "CODE", "SETUP", "START"))
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+IN_A_JOB = """#!/bin/sh
+case $0:$1 in
+  *srun:*) cat HERE/srun >&2; cp HERE/summary.json "$RUN/" 2>/dev/null; exit $(cat HERE/code) ;;
+  *squeue:*) echo RUNNING ;;
+  *scontrol:show) echo n1 ;;
+  *scontrol:requeue) exit 1 ;;
+esac
+"""
+KILLED = "srun: error: n1: task 1: Killed\nsrun: error: n1: task 0: Exited with exit code 1\n"
+BAD = "srun: error: n1: tasks 0-1: Exited with exit code 3\n"
+HUNG = "srun: error: n1: task 1: Exited with exit code 77\nsrun: error: n1: task 0: Killed\n"
+TERMINATED = "srun: error: n1: tasks 0-1: Terminated\n"
+
+
+@pytest.mark.parametrize(
+    ("srun", "code", "status", "why"),
+    [
+        ("", 143, "stopped", "stopped"),
+        (KILLED, 137, None, "a rank died: Killed"),
+        (KILLED, 137, "failed", "a rank died: Killed"),
+        (KILLED, 137, "done", None),
+        (HUNG, 137, None, "the ranks hung"),
+        ("", 143, "hung", "the ranks hung"),
+        (TERMINATED, 143, None, "stopped before the first step"),
+        (BAD + TERMINATED, 143, None, None),
+        (BAD, 3, "failed", None),
+        (BAD.replace("3", "76"), 76, "budget", None),
+        (BAD.replace("code 3", "code 247"), 247, None, "a rank died"),  # DeepSpeed's launcher
+        ("", 1, None, None),
+    ],
+)
+def test_which_ends_are_queued_again(
+    srun: str, code: int, status: str | None, why: str | None, tmp_path: Path
+) -> None:
+    here, folder = tmp_path / "bin", tmp_path / "run"
+    here.mkdir()
+    for name in ("srun", "squeue", "scontrol"):
+        (here / name).write_text(IN_A_JOB.replace("HERE", str(tmp_path)))
+        (here / name).chmod(0o755)
+    (tmp_path / "srun").write_text(srun)
+    (tmp_path / "code").write_text(str(code))
+    if status:
+        (tmp_path / "summary.json").write_text(json.dumps({"status": status}, indent=2))
+    listed = tmp_path / "one.runs"
+    listed.write_text(f"{folder}\n")
+    text = slurm.batch_script(run_of("launch.nproc=2", modules=[]), "train", listed, tmp_path)
+    env = {"PATH": f"{here}:{os.environ['PATH']}", "RUN": str(folder), "SLURM_JOB_ID": "12"}
+    env |= {"SLURM_JOB_NODELIST": "n1", "SLURM_JOB_END_TIME": "0"}
+    done = subprocess.run(["bash"], input=text, text=True, env=env, capture_output=True)
+    assert done.returncode == code, done.stderr
+    log = (folder / "slurm" / "batch.log").read_text()
+    again = [line.partition("is queued again: ")[2] for line in log.splitlines() if "again" in line]
+    assert again == ([] if why is None else [why])
 
 
 STAND_IN = """#!/bin/sh
@@ -154,7 +209,7 @@ def test_waiting_tells_what_failed(programs: Path, tmp_path: Path) -> None:
         "job 12 FAILED, the run is budget: kalmagrove: budget.usd=1 ... ("
     )
     with pytest.raises(SystemExit) as end:
-        sweep.tell(failed, [job.folder], [])
+        multirun.tell(failed, [job.folder], [])
     assert end.value.code == 76
 
 
@@ -165,5 +220,11 @@ def test_ranks_stop_before_the_end_of_the_jobs_time(monkeypatch: pytest.MonkeyPa
     stop = StopRequest(reserve=110)
     assert stop.agreed(groups) == "stop"
     assert stop.reason == "the end of the job's time"
+    going = StopRequest(reserve=60)
+    for hour in (-3600, 3600):  # the clock is set while the run goes on
+        later = time.time() + hour
+        monkeypatch.setattr("time.time", lambda now=later: now)
+        assert going.agreed(groups) == "go on"
+        monkeypatch.undo()
     monkeypatch.setenv("SLURM_JOB_END_TIME", "")
     assert StopRequest(reserve=110).agreed(groups) == "go on"

@@ -3,14 +3,21 @@
 from kalmagrove.track.report.page import render, write
 from kalmagrove.track.report.serve import Server
 from kalmagrove.track.report.source import EdgeCurve, EdgePanel, RunData, read_run, run_folders
+from kalmagrove.track.report.tables import config_diff
+from kalmagrove.track.report.trade import Outcome, as_file, pareto, trade
 
 __all__ = [
     "EdgeCurve",
     "EdgePanel",
+    "Outcome",
     "RunData",
     "Server",
+    "as_file",
+    "config_diff",
+    "pareto",
     "read_run",
     "render",
     "run_folders",
+    "trade",
     "write",
 ]

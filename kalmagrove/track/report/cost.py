@@ -135,6 +135,8 @@ def sessions(run: RunData) -> list[list[str]]:
                 told += f"; lost {line['lost_steps']:,} steps, {number(lost)} device-seconds"
         elif event == "skip":
             told = f"no update: {line.get('reason', 'not finite')}"
+        elif event == "unsaved":
+            told = f"a save failed: {line['reason']}"
         elif event == "budget":
             told = f"{percent(line['share'])} of budget.{line['cap']}={line['limit']:g} is used"
         elif event == "refit":

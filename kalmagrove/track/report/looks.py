@@ -44,7 +44,7 @@ h3{font-size:15px;margin:0 0 4px}
 header p{margin:6px 0 0;color:var(--quiet)}
 .badge{border:1px solid var(--rule);border-radius:10px;padding:1px 9px;color:var(--text);
 background:var(--raised)}
-.b-failed{border-color:var(--s1);color:var(--s1)}
+.b-failed,.b-hung{border-color:var(--s1);color:var(--s1)}
 .b-done{border-color:var(--s2);color:var(--s2)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:10px;
 margin:16px 0 0}

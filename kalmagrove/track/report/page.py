@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from kalmagrove.config import KalmaGroveError
-from kalmagrove.track.report import cost, figures, model
+from kalmagrove.track.report import cost, figures, model, trade
 from kalmagrove.track.report.looks import READOUT, RELOAD, STYLE
 from kalmagrove.track.report.markup import escape, show, table
 from kalmagrove.track.report.plan import predicted
@@ -110,7 +110,8 @@ def body(runs: Sequence[RunData]) -> list[str]:
     if not one:
         parts.append(section("Side by side", table(*compared(runs))))
         parts.append(section("Settings that differ", differing(runs)))
-    parts.append(section("Loss", show(figures.loss(runs))))
+    last = [] if one else [trade.trade([trade.outcome(run) for run in runs])]
+    parts.append(section("Loss", show([*figures.loss(runs), *last])))
     parts.append(section("Speed and memory", show(figures.speed(runs))))
     inside = [*model.groves(runs), *model.activity(runs), *model.learned(runs)]
     parts.append(section("Inside the model", show(inside)))

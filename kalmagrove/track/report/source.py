@@ -93,7 +93,7 @@ class RunData:
 
     @property
     def status(self) -> str:
-        """done, stopped or failed; open: no end is written, the run goes on or was killed."""
+        """Of its end, see `Meters.stop`; open: none is written, the run goes on or was killed."""
         return str(self.last.get("status")) if self.last["event"] == "stop" else "open"
 
     @property

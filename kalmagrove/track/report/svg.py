@@ -185,7 +185,7 @@ def _quoted(text: str) -> str:
 def canvas(key: str, inner: str, width: float, height: float, more: str = "") -> str:
     """The drawing, named and described by the figure's title and text alternative."""
     return (
-        f'<svg class=chart role=img aria-labelledby="{key}" aria-describedby="{key}-says" '
+        f'<svg class="chart" role="img" aria-labelledby="{key}" aria-describedby="{key}-says" '
         f'viewBox="0 0 {width:g} {height:g}" {more}>{inner}</svg>'
     )
 
@@ -195,25 +195,25 @@ def frame(xs: Scale, ys: Scale, x: Axis, y: Axis) -> str:
     left, right, parts = xs.start, xs.end, []
     for value in ys.ticks(5):
         py = ys(value)
-        parts.append(f'<path class=grid d="M{left:.1f},{py:.1f}H{right:.1f}"/>')
+        parts.append(f'<path class="grid" d="M{left:.1f},{py:.1f}H{right:.1f}"/>')
         parts.append(
-            f'<text class=tick x="{left - 6:.1f}" y="{py + 4:.1f}" text-anchor=end>'
+            f'<text class="tick" x="{left - 6:.1f}" y="{py + 4:.1f}" text-anchor="end">'
             f"{escape(y.text(value))}</text>"
         )
     for value in xs.ticks(max(2, int((right - left) / 90))):
         px = xs(value)
-        parts.append(f'<path class=grid d="M{px:.1f},{HEIGHT - BOTTOM}v4"/>')
+        parts.append(f'<path class="grid" d="M{px:.1f},{HEIGHT - BOTTOM}v4"/>')
         parts.append(
-            f'<text class=tick x="{px:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor=middle>'
+            f'<text class="tick" x="{px:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
             f"{escape(x.text(value))}</text>"
         )
-    parts.append(f'<path class=axis d="M{left:.1f},{HEIGHT - BOTTOM}H{right:.1f}"/>')
+    parts.append(f'<path class="axis" d="M{left:.1f},{HEIGHT - BOTTOM}H{right:.1f}"/>')
     middle, half = (left + right) / 2, (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
-        f'<text class=label x="{middle:.1f}" y="{HEIGHT - 8}" text-anchor=middle>'
+        f'<text class="label" x="{middle:.1f}" y="{HEIGHT - 8}" text-anchor="middle">'
         f"{escape(x.label)}</text>"
-        f'<text class=label transform="translate(13 {half:.1f}) rotate(-90)" text-anchor=middle>'
-        f"{escape(y.label)}</text>"
+        f'<text class="label" transform="translate(13 {half:.1f}) rotate(-90)" '
+        f'text-anchor="middle">{escape(y.label)}</text>'
     )
     return "".join(parts)
 
@@ -266,6 +266,62 @@ def apart(ends: Sequence[tuple[float, str, int]], gap: float = 13) -> list[tuple
 
 def clip(name: str, most: int = LABEL) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A point of a scatter plot. style: as of lines; named: its name stands beside it."""
+
+    name: str
+    x: float
+    y: float
+    style: int = 0
+    named: bool = False
+
+
+def scatter(
+    key: str,
+    dots: Sequence[Dot],
+    front: Sequence[tuple[float, float]],
+    x: Axis,
+    y: Axis,
+    width: int = WIDTH,
+) -> str:
+    """Points, each with its name where a pointer rests on it; and the stairs of a Pareto front.
+
+    Args:
+        dots: at least one; all finite.
+        front: its corners, from left to right, falling.
+    """
+    y = replace(y, log=scale([dot.y for dot in dots], y, 0, 1).log)
+    values = [dot.y for dot in dots]
+    ys = scale(values if y.log else padded(values, y), y, HEIGHT - BOTTOM, TOP)
+    told = Axis(f"{y.label} (log scale)" if ys.log else y.label, y.text)
+    left = max(LEFT, 30 + PLAIN * max(len(y.text(tick)) for tick in [0.0, *ys.ticks(5)]))
+    places = [dot.x for dot in dots]
+    xs = scale(places if scale(places, x, 0, 1).log else padded(places, x), x, left, width - 24)
+    parts = [frame(xs, ys, x, told)]
+    if front:
+        stairs = "".join(f"H{xs(px):.1f}V{ys(py):.1f}" for px, py in front[1:])
+        first = f"M{xs(front[0][0]):.1f},{ys(front[0][1]):.1f}"
+        parts.append(f'<path class="line s1" d="{first}{stairs}H{xs.end:.1f}"/>')
+    taken: list[tuple[float, float]] = []
+    for dot in sorted(dots, key=lambda dot: not dot.named):
+        px, py = xs(dot.x), ys(dot.y)
+        parts.append(
+            f'<circle class="dot s{dot.style % STYLES}" cx="{px:.1f}" cy="{py:.1f}" r="4">'
+            f"<title>{escape(f'{dot.name}: {x.text(dot.x)}, {y.text(dot.y)}')}</title></circle>"
+        )
+        near = any(abs(px - qx) < PLAIN * LABEL and abs(py - qy) < 13 for qx, qy in taken)
+        if dot.named and not near:
+            taken.append((px, py))
+            at_right = px + BOLD * len(clip(dot.name)) + 12 < width
+            place, anchor = (px + 7, "start") if at_right else (px - 7, "end")
+            parts.append(
+                f'<text class="small" x="{place:.1f}" y="{py - 7:.1f}" '
+                f'text-anchor="{anchor}">{escape(clip(dot.name))}</text>'
+            )
+    return canvas(key, "".join(parts), width, HEIGHT)
 
 
 def stacked_bars(

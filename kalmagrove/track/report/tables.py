@@ -18,6 +18,7 @@ STATUS = {
     "done": "done",
     "stopped": "stopped, can go on",
     "failed": "failed",
+    "hung": "hung, can go on",
     "budget": "stopped by its budget",
     "open": "running, or killed",
 }

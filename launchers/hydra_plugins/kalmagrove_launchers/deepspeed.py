@@ -37,9 +37,9 @@ class DeepSpeedLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from kalmagrove.cli import local, sweep
+        from kalmagrove.cli import local, multirun
 
         verb = str(self.config.hydra.job.config_name)
-        runs = sweep.parsed(verb, self.context.config_loader, self.config, job_overrides)
-        sweep.tell(*local.run_all(runs, verb, self.at_once))
+        runs = multirun.parsed(verb, self.context.config_loader, self.config, job_overrides)
+        multirun.tell(*local.run_all(runs, verb, self.at_once))
         return []

@@ -39,11 +39,11 @@ class SlurmLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from kalmagrove.cli import slurm, sweep
+        from kalmagrove.cli import multirun, slurm
 
         verb = str(self.config.hydra.job.config_name)
-        runs = sweep.parsed(verb, self.context.config_loader, self.config, job_overrides)
+        runs = multirun.parsed(verb, self.context.config_loader, self.config, job_overrides)
         jobs, finished = slurm.submit(runs, verb, self.at_once)
         if self.wait:
-            sweep.tell(slurm.wait(jobs, self.poll), [job.folder for job in jobs], finished)
+            multirun.tell(slurm.wait(jobs, self.poll), [job.folder for job in jobs], finished)
         return []
