@@ -103,7 +103,7 @@ def show(summary: Summary) -> None:
         table.add_column(key, overflow="fold", min_width=8)
     for column in ("params", "steps", "bits/byte" if summary.measure == "bits" else "loss", "cost"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("status", no_wrap=True)
+    table.add_column("status", min_width=6)  # wraps between words
     for row in summary.rows:
         cells = [study.setting_text(row.settings.get(key, "-")) for key in keys[:COLUMNS]]
         loss, usd = row.outcome(summary.measure).loss, dollars(row.usd)
