@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kalmagrove.bench.spec import Case
+from kalmagrove.config.files import replace_text
 
 Record = dict[str, Any]
 PASSES = ("fwd", "bwd", "fwd+bwd")
@@ -37,9 +37,7 @@ def write(path: Path, header: Record, records: Sequence[Record]) -> None:
     """`{"header": {...}, "records": [...]}`, one line a record; never half a file."""
     lines = ",\n".join(json.dumps(record) for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(f'{{"header": {json.dumps(header)},\n"records": [\n{lines}\n]}}\n')
-    os.replace(unfinished, path)
+    replace_text(path, f'{{"header": {json.dumps(header)},\n"records": [\n{lines}\n]}}\n')
 
 
 def print_header(header: Record) -> None:

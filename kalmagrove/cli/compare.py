@@ -1,11 +1,11 @@
 """`kalmagrove compare FOLDER`: the arms of a study of retrofits, side by side, with a verdict."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from kalmagrove.cli.arguments import Parser
 from kalmagrove.config import ConfigError, DataError
+from kalmagrove.config.files import replace_text
 
 USAGE = """kalmagrove compare: the arms of a study side by side, with a plain verdict
 
@@ -82,7 +82,5 @@ def show(
     table.to_console(summary)
     name = f"comparison-{suite}" if suite else "comparison"
     for ending, text in (("md", table.to_markdown(summary)), ("json", table.to_json(summary))):
-        partial = study / f".{name}.{ending}.{os.getpid()}"
-        partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-        os.replace(partial, study / f"{name}.{ending}")
+        replace_text(study / f"{name}.{ending}", text.rstrip("\n") + "\n")
     print(f"written to {study / name}.md and .json")

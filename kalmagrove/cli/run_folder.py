@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kalmagrove.cli.compose import read_yaml, to_yaml
 from kalmagrove.config import ConfigError, Training
+from kalmagrove.config.files import replace_text
 
 if TYPE_CHECKING:
     from kalmagrove.data import Tokenizer
@@ -140,16 +141,20 @@ def write_plan(folder: Path, plan: dict[str, Any] | None) -> None:
     path = folder / PLAN
     with _writing(folder):
         if not path.exists():
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(plan, indent=1) + "\n")
-            os.replace(temporary, path)
+            replace_text(path, json.dumps(plan, indent=1) + "\n")
 
 
 def write_config(path: Path, run: Training) -> None:
     """Write what `kalmagrove train --config` reads back."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(to_yaml(run.model_dump(mode="json")))
-    os.replace(temporary, path)
+    replace_text(path, to_yaml(run.model_dump(mode="json")))
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the run's newest checkpoint; 0: there is none. `engine.find_checkpoints` finds
+    the checkpoints themselves, and needs torch.
+    """
+    names = (path.name.removeprefix("step-") for path in folder.glob("checkpoints/step-*"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def done(folder: Path, run: Training) -> dict[str, Any] | None:

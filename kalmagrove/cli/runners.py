@@ -118,7 +118,7 @@ class Jobs:
         self._at_once = at_once
         self._going: dict[slurm.Job, Training] = {}
         self._finished: list[Path] = []
-        self._saved: dict[Path, tuple[str | None, int]] = {}
+        self._saved: dict[Path, tuple[int, int]] = {}
         self._silent = 0
 
     def room(self, run: Training) -> bool:
@@ -167,8 +167,8 @@ class Jobs:
         """Whether another job should take up the run."""
         if state not in AGAIN or (job.folder / "slurm" / "cancel").exists():
             return False
-        newest = max((p.name for p in job.folder.glob("checkpoints/step-*")), default=None)
-        before, idle = self._saved.get(job.folder, (None, 0))
+        newest = run_folder.newest_step(job.folder)
+        before, idle = self._saved.get(job.folder, (0, 0))
         idle = idle + 1 if newest == before else 0
         self._saved[job.folder] = newest, idle
         return written(job.folder) in (None, "stopped") and idle < IDLE

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from kalmagrove.cli import launch, run_folder
+from kalmagrove.cli.run_folder import newest_step
 from kalmagrove.config import (
     BudgetReached,
     ConfigError,
@@ -45,12 +46,13 @@ def supervise(run: Training, nproc: int, verb: str = "train") -> int:
         processes = Processes(Path(place))
         with processes.signals():
             while True:
-                before = _saved(folder)
+                before = newest_step(folder)
                 returned = processes.run(run, nproc, verb)
                 code = launch.exit_code(returned)
                 if code in (0, *(error.exit_code for error in WILLED)) or processes.stopping:
                     return code
-                idle = idle + 1 if _saved(folder) == before else 0
+                saved = newest_step(folder)
+                idle = idle + 1 if saved == before else 0
                 if again == run.launch.max_restarts or idle == IDLE:
                     _say_end(_what(returned), folder, again, idle)
                     return code
@@ -58,10 +60,10 @@ def supervise(run: Training, nproc: int, verb: str = "train") -> int:
                 pause = min(PAUSE, 2 ** (again - 1))
                 _say(
                     f"{_what(returned)} after step {_reached(folder)}; starts again from step "
-                    f"{_saved(folder)} in {pause} s (restart {again} of {run.launch.max_restarts})"
+                    f"{saved} in {pause} s (restart {again} of {run.launch.max_restarts})"
                 )
                 if not processes.wait(pause):
-                    _say(f"stopped; the same command continues from step {_saved(folder)}")
+                    _say(f"stopped; the same command continues from step {saved}")
                     return Interrupted.exit_code
                 if run.checkpoint.resume == "never":  # the folder was new
                     resume = run.checkpoint.model_copy(update={"resume": "auto"})
@@ -168,21 +170,13 @@ def _what(returned: int) -> str:
 
 def _say_end(what: str, folder: Path, again: int, idle: int) -> None:
     """Why there is no other try. What failed by itself has said why."""
-    continues = f"the same command continues from step {_saved(folder)}"
+    continues = f"the same command continues from step {newest_step(folder)}"
     if idle == IDLE:
         _say(f"{what}; gives up: {IDLE} tries in a row saved nothing new")
     elif again:
         _say(f"{what}; gives up after {again} restarts (launch.max_restarts); {continues}")
     elif not what.startswith("a rank failed"):
         _say(f"{what} after step {_reached(folder)}; {continues}")
-
-
-def _saved(folder: Path) -> int:
-    """The step of the newest checkpoint; 0: there is none."""
-    from kalmagrove.engine import find_checkpoints
-
-    newest = find_checkpoints(folder)[:1]
-    return int(newest[0].name.removeprefix("step-")) if newest else 0
 
 
 def _reached(folder: Path) -> int:

@@ -6,9 +6,8 @@ For the trials of `kalmagrove sweep`, for the runs of a sweep with `-m`, and for
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from kalmagrove.cli import study
 from kalmagrove.cli.compose import read_yaml
 from kalmagrove.cli.multirun import summary_of
 from kalmagrove.config import DataError, KalmaGroveError
+from kalmagrove.config.files import replace_text
 
 if TYPE_CHECKING:
     from kalmagrove.track.report import Outcome, RunData
@@ -141,12 +141,9 @@ def write(summary: Summary) -> None:
         files["svg"] = as_file(figure)
     for ending, text in files.items():
         path = summary.folder / f"{NAME}.{ending}"
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
+            replace_text(path, text)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise KalmaGroveError(f"{path} cannot be written ({error.strerror})") from None
 
 
@@ -180,7 +177,7 @@ def _judged(summary: Summary) -> Summary:
     judged = []
     for i, row in enumerate(rows):
         best = i == 0 and row.status == "done" and outcomes[row.run].loss is not None
-        judged.append(Row(**{**vars(row), "best": best, "pareto": row.run in front}))
+        judged.append(replace(row, best=best, pareto=row.run in front))
     return Summary(summary.folder, summary.objective, judged)
 
 
@@ -193,7 +190,7 @@ def _of_trial(folder: Path, trial: study.Trial) -> Row:
         cost = 0.0 if trial.state == "open" else None
         row = Row(trial.name, trial.params, None, 0, None, None, cost, "not begun")
     status = row.status if trial.state == "open" else trial.state
-    return Row(**{**vars(row), "status": status, "why": trial.why})
+    return replace(row, status=status, why=trial.why)
 
 
 def _of_run(run: "RunData", settings: Mapping[str, Any]) -> Row:

@@ -1,7 +1,6 @@
 """What an evaluation leaves: results.json, items/TASK.jsonl, and a table for people."""
 
 import json
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from rich.table import Table
 
 from kalmagrove.config import KalmaGroveError, Price
+from kalmagrove.config.files import replace_text
 from kalmagrove.engine.connect import usable_cores
 from kalmagrove.track import Cost
 from kalmagrove.track.summary import code_version, machine, versions
@@ -47,20 +47,14 @@ def write_results(
         (folder / "items").mkdir(parents=True, exist_ok=True)
         for task, found in items.items():
             lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in found]
-            _replace(folder / "items" / f"{task}.jsonl", "".join(lines))
+            replace_text(folder / "items" / f"{task}.jsonl", "".join(lines))
         text = json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False)
-        _replace(folder / "results.json", text + "\n")
+        replace_text(folder / "results.json", text + "\n")
     except OSError as error:
         raise KalmaGroveError(
             f"{folder} cannot hold the results ({error.strerror or error}); free space or give "
             "another out"
         ) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def results_table(results: Mapping[str, Any]) -> Table:

@@ -9,7 +9,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.table import Table
 
 import kalmagrove
 from kalmagrove.config import KalmaGroveError
+from kalmagrove.config.files import replace_text
 from kalmagrove.track.ledger import History, Line
 
 
@@ -119,13 +119,9 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:
         KalmaGroveError: if the file cannot be written (a full disk).
     """
     path = run_dir / "summary.json"
-    part = path.with_suffix(".json.part")
     try:
-        part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        replace_text(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         raise KalmaGroveError(
             f"{path} cannot be written ({error.strerror}); the ledger beside it is whole"
         ) from error

@@ -6,21 +6,20 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from kalmagrove.config import CheckpointError, KalmaGroveError, NonFiniteError, Run
-from kalmagrove.engine import check_room, connect, disconnect, fit, resume, room
+from kalmagrove.engine import check_room, fit, resume, room
 from kalmagrove.engine.checkpoint_tools import verify
 from kalmagrove.engine.tensor_files import ChecksumFile
 from kalmagrove.parallel import Groups, barrier
 from kalmagrove.track import build_meters, read_history
 from kalmagrove.track.audit import faults as ledger_faults
 from tests.dist.toy import ROWS, Recorder, Rows, toy_run
-from tests.dist.workers import _everywhere, make, validation
+from tests.dist.workers import _everywhere, make, serve, validation
 
 LOUD = {"wandb": "disabled", "console": "off", "every": 1}
 
@@ -298,13 +297,7 @@ def slow_writes(here: bool) -> Iterator[None]:
     ChecksumFile.write = write  # type: ignore[method-assign]
 
 
-def several(groups: Groups, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Several workers one after the other: starting processes takes longer than most of them."""
-    return {name: WORKERS[name](groups, **arguments) for name, arguments in jobs.items()}
-
-
 WORKERS: dict[str, Any] = {
-    "several": several,
     "damage": damage,
     "full": full,
     "ledger_full": ledger_full,
@@ -315,10 +308,4 @@ WORKERS: dict[str, Any] = {
 }
 
 if __name__ == "__main__":
-    worker, arguments, result_path = sys.argv[1:]
-    device = connect(toy_run())
-    groups = Groups.init(toy_run().parallel, device)
-    result = WORKERS[worker](groups, **json.loads(arguments))
-    if groups.is_main:
-        Path(result_path).write_text(json.dumps(result))
-    disconnect()
+    serve(WORKERS)

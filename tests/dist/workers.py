@@ -424,13 +424,24 @@ def _refit_and_resume(groups: Groups, run_dir: Path, overrides: list[str]) -> di
     return result
 
 
-def several(groups: Groups, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Several workers one after the other: starting processes takes longer than most of them."""
-    return {name: WORKERS[name](groups, **arguments) for name, arguments in jobs.items()}
+def serve(workers: dict[str, Any]) -> None:
+    """Run the worker that the command line names on ranks of DeepSpeed; or `several` of them one
+    after the other, as starting processes takes longer than most of them.
+    """
+
+    def several(groups: Groups, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        return {name: workers[name](groups, **arguments) for name, arguments in jobs.items()}
+
+    worker, arguments, result_path = sys.argv[1:]
+    device = connect(toy_run())
+    groups = Groups.init(toy_run().parallel, device)
+    result = {"several": several, **workers}[worker](groups, **json.loads(arguments))
+    if groups.is_main:
+        Path(result_path).write_text(json.dumps(result))
+    disconnect()
 
 
 WORKERS: dict[str, Any] = {
-    "several": several,
     "equality": equality,
     "real_model": real_model,
     "nonfinite": nonfinite,
@@ -443,10 +454,4 @@ WORKERS: dict[str, Any] = {
 }
 
 if __name__ == "__main__":
-    worker, arguments, result_path = sys.argv[1:]
-    device = connect(toy_run())
-    groups = Groups.init(toy_run().parallel, device)
-    result = WORKERS[worker](groups, **json.loads(arguments))
-    if groups.is_main:
-        Path(result_path).write_text(json.dumps(result))
-    disconnect()
+    serve(WORKERS)

@@ -4,12 +4,12 @@
 pointer over a chart reads its values.
 """
 
-import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from kalmagrove.config import KalmaGroveError
+from kalmagrove.config.files import replace_text
 from kalmagrove.track.report import cost, figures, model, trade
 from kalmagrove.track.report.looks import READOUT, RELOAD, STYLE
 from kalmagrove.track.report.markup import escape, show, table
@@ -68,12 +68,9 @@ def write(path: Path, page: str) -> None:
     Raises:
         KalmaGroveError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, path)
+        replace_text(path, page)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise KalmaGroveError(
             f"{path} cannot be written ({error.strerror}); name another file with --out"
         ) from error
