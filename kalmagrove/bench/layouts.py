@@ -72,15 +72,31 @@ def run_all(
     first = next(run for _, run in runs if isinstance(run, Run))
     device = connect(first)
     count = parameter_count(first.model)
-    records: list[dict[str, Any]] = []
     result = {
         "ranks": dist.get_world_size(),
         "parameters": count.total,
         "active_parameters": count.active,
         "tokens_per_step": first.batch.tokens,
         "alltoall": exchange_alone(device) if dist.get_world_size() > 1 else [],
-        "layouts": records,
     }
+
+    def one(run: Run, groups: Groups, layout: Layout) -> dict[str, Any]:
+        return measure(run, groups, steps, layout.aside)
+
+    for records in in_turn(runs, device, one):
+        if dist.get_rank() == 0:
+            print(line(records[-1]), flush=True)
+            keep(result | {"layouts": records})
+    disconnect()
+
+
+def in_turn(
+    runs: list[tuple[Layout, Run | str]],
+    device: torch.device,
+    measured: Callable[[Run, Groups, Layout], dict[str, Any]],
+) -> Iterator[list[dict[str, Any]]]:
+    """The records of all layouts so far, after each: what was measured, or why it failed."""
+    records: list[dict[str, Any]] = []
     made = False
     for layout, run in runs:
         record: dict[str, Any] = {"layout": layout.name, "overrides": layout.overrides}
@@ -91,17 +107,14 @@ def run_all(
                 Groups.reset()
             groups, made = Groups.init(run.parallel, device, run.launch.timeout), True
             try:
-                record |= measure(run, groups, steps, layout.aside)
+                record |= measured(run, groups, layout)
             except RuntimeError as error:  # out of memory, mostly; ranks are alike
                 record["failed"] = str(error).splitlines()[0]
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         records.append(record)
-        if dist.get_rank() == 0:
-            print(line(record), flush=True)
-            keep(result)
-    disconnect()
+        yield records
 
 
 def line(record: dict[str, Any]) -> str:

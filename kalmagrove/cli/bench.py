@@ -14,11 +14,13 @@ usage: kalmagrove bench kernels [options]
        kalmagrove bench ada [options]
        kalmagrove bench lengths [options] [key=value ...]
        kalmagrove bench layouts [options] [key=value ...]
+       kalmagrove bench host [options] [key=value ...]
 
   kernels   every KAN kernel against its peers: checked, then time, memory, distance from the floor
   ada       the same for the kernels of Arnold Diffusion Attention
   lengths   training throughput of attentions by the length of the rows
   layouts   throughput, memory and communication of layouts, side by side
+  host      what each layer costs the host, for kalmagrove plan host=FILE
 
 kalmagrove bench SUITE --help lists the options of a suite.
 """
@@ -114,9 +116,15 @@ def _against_peers(suite: str, usage: str, tunable: bool, argv: Sequence[str]) -
 
 
 def _layouts(argv: Sequence[str]) -> int:
-    from kalmagrove.cli.bench_layouts import main
+    from kalmagrove.cli.bench_layouts import layouts
 
-    return main(argv)
+    return layouts(argv)
+
+
+def _host(argv: Sequence[str]) -> int:
+    from kalmagrove.cli.bench_layouts import host
+
+    return host(argv)
 
 
 def _lengths(argv: Sequence[str]) -> int:
@@ -141,4 +149,5 @@ SUITES: dict[str, Callable[[Sequence[str]], int]] = {
     "ada": partial(_against_peers, "ada", ADA_USAGE, False),
     "lengths": _lengths,
     "layouts": _layouts,
+    "host": _host,
 }

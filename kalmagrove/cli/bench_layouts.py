@@ -1,4 +1,5 @@
-"""`kalmagrove bench layouts`: train one model in every layout for a few steps, and compare.
+"""`kalmagrove bench layouts`: train one model in every layout for a few steps, and compare; and
+`kalmagrove bench host`: what each layer costs the host there.
 
 The words are those of `kalmagrove train`; without a launcher this starts the processes itself.
 """
@@ -15,7 +16,7 @@ from kalmagrove.cli.arguments import Parser
 from kalmagrove.cli.compose import compose_tree
 from kalmagrove.config import ConfigError, KalmaGroveError, Run, load
 
-USAGE = """kalmagrove bench layouts: throughput, memory and communication of layouts, side by side
+LAYOUTS_USAGE = """kalmagrove bench layouts: speed, memory and communication of layouts, compared
 
 usage: kalmagrove bench layouts [--steps N] [--only TEXT[;TEXT...]] [--out FILE] [key=value ...]
 
@@ -30,13 +31,39 @@ example: kalmagrove bench layouts model=kan_1b batch.tokens=65536 data.seq_len=2
 """
 
 
-def main(argv: Sequence[str]) -> int:
-    """Do what `argv` says; returns the exit code."""
+HOST_USAGE = """kalmagrove bench host: what a step costs the host, by kind of layer and layout
+
+usage: kalmagrove bench host [--steps N] [--only TEXT[;TEXT...]] [--out FILE] [key=value ...]
+
+  --steps N    timed steps of each model (10), after three that are not timed
+  --only TEXT  layouts whose names begin so, of those for the number of processes
+  --out FILE   the measurements, as JSON, for kalmagrove plan host=FILE
+
+Models of one and three layers of each kind in the model take steps of so few tokens that the GPU
+waits for the host. It differs between machines by more than a third, and small models wait for it
+all the time: measure it where you train. The overrides are those of `kalmagrove train`; batch and
+data.seq_len are not used.
+
+example: kalmagrove bench host model=kan_135m engine.precision=bf16 launch.nproc=1 --out host.json
+"""
+
+
+def layouts(argv: Sequence[str]) -> int:
+    """`kalmagrove bench layouts`; returns the exit code."""
+    return _suite("layouts", LAYOUTS_USAGE, 5, argv)
+
+
+def host(argv: Sequence[str]) -> int:
+    """`kalmagrove bench host`; returns the exit code."""
+    return _suite("host", HOST_USAGE, 10, argv)
+
+
+def _suite(name: str, usage: str, steps: int, argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
-        print(USAGE)
+        print(usage)
         return 0
-    parser = Parser("bench layouts", USAGE, "see --help")
-    parser.add_argument("--steps", type=int, default=5)
+    parser = Parser(f"bench {name}", usage, "see --help")
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--only", default="")
     parser.add_argument("--out", type=Path)
     chosen, words = parser.parse_known_args(argv)
@@ -47,29 +74,33 @@ def main(argv: Sequence[str]) -> int:
     run = load(compose_tree("train", words))
     processes = launch.world_size(run)
     if processes > 1 and launch.launched_world_size() is None:
-        command = [*launch.command(run, processes), "kalmagrove", "bench", "layouts", *argv]
+        command = [*launch.command(run, processes), "kalmagrove", "bench", name, *argv]
         return launch.exit_code(subprocess.run(command, env=launch.environment()).returncode)
-    _measure(words, processes, chosen.steps, chosen.only, chosen.out)
+    _measure(name, words, processes, chosen.steps, chosen.only, chosen.out)
     return 0
 
 
-def _measure(words: list[str], processes: int, steps: int, only: str, out: Path | None) -> None:
+def _measure(
+    name: str, words: list[str], processes: int, steps: int, only: str, out: Path | None
+) -> None:
     import torch
 
+    from kalmagrove.bench import host, layouts
     from kalmagrove.bench.environment import environment
-    from kalmagrove.bench.layouts import Layout, candidates, run_all
 
-    def run_of(layout: Layout) -> Run | str:
+    def run_of(layout: layouts.Layout) -> Run | str:
         try:
             run = load(compose_tree("train", [*words, *layout.overrides]))
             return run.check_world(processes)
         except ConfigError as error:
             return str(error)
 
-    layouts = [
-        layout for layout in candidates(processes) if layout.name.startswith(tuple(only.split(";")))
+    wanted = [
+        layout
+        for layout in layouts.candidates(processes)
+        if layout.name.startswith(tuple(only.split(";"))) and (layout.aside or name == "layouts")
     ]
-    runs = [(layout, run_of(layout)) for layout in layouts]
+    runs = [(layout, run_of(layout)) for layout in wanted]
     if not any(isinstance(run, Run) for _, run in runs):
         reasons = "; ".join(f"{layout.name}: {reason}" for layout, reason in runs)
         raise KalmaGroveError(f"no layout can be measured: {reasons or f'none is named {only}'}")
@@ -77,7 +108,7 @@ def _measure(words: list[str], processes: int, steps: int, only: str, out: Path 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if launch.launched_rank() == 0 and not torch.cuda.is_available():
         print("kalmagrove: no GPU here; times on a CPU say little", file=sys.stderr)
-    command = " ".join(["kalmagrove bench layouts", f"--steps {steps}", *words])
+    command = " ".join([f"kalmagrove bench {name}", f"--steps {steps}", *words])
     header = {"command": command, **environment()}
 
     def keep(result: dict[str, object]) -> None:
@@ -85,4 +116,4 @@ def _measure(words: list[str], processes: int, steps: int, only: str, out: Path 
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(header | result, indent=1) + "\n")
 
-    run_all(runs, steps, keep)
+    (host if name == "host" else layouts).run_all(runs, steps, keep)

@@ -3,7 +3,7 @@
 import pytest
 
 from kalmagrove.bench.layouts import candidates
-from kalmagrove.cli.bench_layouts import main
+from kalmagrove.cli.bench_layouts import layouts as main
 from kalmagrove.config import ConfigError, KalmaGroveError
 
 pytestmark = pytest.mark.unit
