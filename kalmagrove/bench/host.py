@@ -1,6 +1,6 @@
 """What a step costs the host, by kind of layer and layout: `kalmagrove bench host`.
 
-Models of one and of three layers of a kind, as wide as the run's, take steps of so few tokens that
+Models of two and of eight layers of a kind, as wide as the run's, take steps of so few tokens that
 the GPU waits for the host all the time. What the two differ by is a layer's; the plan multiplies.
 """
 
@@ -20,7 +20,7 @@ from kalmagrove.engine import build_engine, connect, disconnect
 from kalmagrove.nn import build_model
 from kalmagrove.parallel import Groups, all_reduce_max, barrier
 
-SHALLOW, DEEP = 1, 3  # layers
+SHALLOW, DEEP = 2, 8  # layers
 ROW = 256  # tokens of a rank
 WARMUP = 3
 

@@ -8,7 +8,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -27,6 +27,7 @@ from kalmagrove.nn import build_model
 from kalmagrove.nn.dispatch import Balanced
 from kalmagrove.parallel import Groups, all_gather_object, all_reduce_max, all_reduce_sum, barrier
 from kalmagrove.track import communication_estimate, flops_per_token, memory_estimate
+from kalmagrove.track.phases import ALLTOALL
 
 WARMUP = 2
 EXCHANGED = [2**20 * size for size in (1, 4, 16, 64, 256)]  # bytes a rank sends in all
@@ -147,6 +148,7 @@ def measure(run: Run, groups: Groups, steps: int, aside: bool) -> dict[str, Any]
         def step() -> tuple[float, float]:
             micro = [next(batches) for _ in range(engine.accumulation)]
             barrier(groups.world)
+            engine.timer.begin()
             begun = time.perf_counter()
             loss, _ = engine.train_step(micro, next(numbers))
             if cuda:
@@ -155,16 +157,22 @@ def measure(run: Run, groups: Groups, steps: int, aside: bool) -> dict[str, Any]
             mean = all_reduce_sum(loss.clone(), groups.world) / groups.world.size
             return float(all_reduce_max(seconds, groups.world)), float(mean)
 
-        taken = [step() for _ in range(WARMUP + steps)]
+        taken = [step() for _ in range(WARMUP)]
+        before = engine.timer.seconds()
+        taken += [step() for _ in range(steps)]
+        after = engine.timer.seconds()
         seconds = [s for s, _ in taken[WARMUP:]]
         record = {
             "step_seconds": [round(s, 5) for s in seconds],
+            "phase_seconds": {  # the first rank's, means
+                phase: round((after[phase] - before[phase]) / steps, 5) for phase in after
+            },
             "tokens_per_second": run.batch.tokens / statistics.median(seconds),
             "losses": [loss for _, loss in taken],
             "model_flops_per_second": flops_per_token(run.model, run.data.seq_len).training
             * run.batch.tokens
             / statistics.median(seconds),
-            **traffic_of(engine, groups),
+            **traffic_of(engine, groups, before, steps),
             **predictions(run, groups, "bf16" if engine.dtype == torch.bfloat16 else "fp32"),
         }
         if cuda:
@@ -193,16 +201,17 @@ def random_batches(run: Run, groups: Groups) -> Iterator[Batch]:
         }
 
 
-def traffic_of(engine: Engine, groups: Groups) -> dict[str, Any]:
-    """All-to-alls of the last step: bytes to other ranks and seconds of a rank, mean over ranks."""
+def traffic_of(
+    engine: Engine, groups: Groups, before: Mapping[str, float], steps: int
+) -> dict[str, Any]:
+    """All-to-alls, mean over ranks: bytes to other ranks in the last step, seconds a step in the
+    `steps` since the engine's timer said `before`.
+    """
     if "alltoall_bytes" not in engine.metrics:
         return {}
-    pair = torch.stack(
-        [
-            engine.metrics[key].double().to(groups.device)
-            for key in ("alltoall_bytes", "alltoall_seconds")
-        ]
-    )
+    taken = engine.timer.seconds()[ALLTOALL] - before[ALLTOALL]
+    sent = float(engine.metrics["alltoall_bytes"])
+    pair = torch.tensor([sent, taken / steps], dtype=torch.float64, device=groups.device)
     sent, seconds = (all_reduce_sum(pair, groups.world) / groups.world.size).tolist()
     return {"alltoall_bytes": sent, "alltoall_seconds": seconds}
 

@@ -39,7 +39,7 @@ usage: kalmagrove bench host [--steps N] [--only TEXT[;TEXT...]] [--out FILE] [k
   --only TEXT  layouts whose names begin so, of those for the number of processes
   --out FILE   the measurements, as JSON, for kalmagrove plan host=FILE
 
-Models of one and three layers of each kind in the model take steps of so few tokens that the GPU
+Models of two and eight layers of each kind in the model take steps of so few tokens that the GPU
 waits for the host. It differs between machines by more than a third, and small models wait for it
 all the time: measure it where you train. The overrides are those of `kalmagrove train`; batch and
 data.seq_len are not used.
