@@ -9,6 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Silent(Timer):
     def begin(self) -> None:
         """No clock is read."""
 
-    def lap(self, phase: str) -> None:
+    def lap(self, phase: str, exchanging: Callable[[], float] | None = None) -> None:
         """No clock is read."""
 
 

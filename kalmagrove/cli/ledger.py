@@ -5,14 +5,15 @@ Works on the run's `ledger.jsonl` alone, of a run that still goes on too.
 
 import argparse
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from kalmagrove.config import ConfigError
 
 if TYPE_CHECKING:
     from kalmagrove.track import History
+    from kalmagrove.track.accounts import Part
 
 USAGE = """kalmagrove ledger: what a run did and cost
 
@@ -125,17 +126,49 @@ def _show(path: Path, history: "History") -> None:
             session.ended,
         )
     console.print(began)
-    spread = Table(box=box.SIMPLE)
-    for column in ("phase", "seconds", "share", "device-hours", "dollars"):
-        spread.add_column(column, justify="left" if column == "phase" else "right")
-    found = parts(history)
-    whole = sum(part.seconds for part in found)
-    for part in found if whole else ():
-        share, hours = f"{part.seconds / whole:.1%}", f"{part.device_seconds / 3600:,.4f}"
-        spread.add_row(part.phase, f"{part.seconds:,.2f}", share, hours, show_usd(part.usd))
-    if whole:
-        console.print(spread)
+    if found := parts(history):
+        console.print(_phases(found))
     console.print(_totals(history))
+
+
+def _phases(found: "Mapping[str, Part]") -> Any:
+    """A row for every phase; those within training are indented, and share its joules."""
+    from rich import box
+    from rich.table import Table
+
+    from kalmagrove.track.accounts import WITHIN
+    from kalmagrove.track.cost import show_usd
+    from kalmagrove.track.phases import label
+
+    spread = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    columns = ("phase", "seconds", "share", "dev-seconds", "dollars", "joules", "tokens", "FLOPs")
+    for column in columns:
+        justify: Literal["left", "right"] = "left" if column == "phase" else "right"
+        spread.add_column(column, justify=justify, no_wrap=True)
+    whole = sum(part.seconds for name, part in found.items() if name not in WITHIN)
+    for name, part in found.items():
+        inside = name in WITHIN
+        spread.add_row(
+            f"  {label(name)}" if inside else name,
+            _seconds(part.seconds),
+            f"{part.seconds / whole:.1%}" if whole else "-",
+            _seconds(part.device_seconds),
+            show_usd(part.usd),
+            "" if inside else _short(part.joules),
+            _short(part.tokens) if name in ("training", "evaluation") else "",
+            "" if part.flops is None else f"{part.flops:.3g}",
+        )
+    return spread
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.2f}" if value < 10_000 else f"{value:,.0f}"
+
+
+def _short(value: float | None) -> str:
+    from kalmagrove.track.report.markup import number
+
+    return "-" if value is None else number(value)
 
 
 def _totals(history: "History") -> Any:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kalmagrove.data import Prepared
     from kalmagrove.parallel import Groups
     from kalmagrove.retrofit.build import Built
+    from kalmagrove.track import Energy
 
 RESULT = "arm.json"  # what `kalmagrove compare` reads
 REPORT = "retrofit.json"  # what was replaced, and how well a warm start imitates
@@ -112,6 +113,7 @@ def retrofit_on_this_rank(composed: Retrofit, stay: bool = False) -> int:
     from kalmagrove.data import prepare
     from kalmagrove.engine import connect, disconnect
     from kalmagrove.parallel import Groups
+    from kalmagrove.track import Energy
 
     began = time.monotonic()
     set_up_logging()
@@ -120,6 +122,7 @@ def retrofit_on_this_rank(composed: Retrofit, stay: bool = False) -> int:
         _questions(suite, composed.evaluation.files, composed.evaluation.shots)
     prepared = prepare(composed.data, progress=launch.launched_rank() == 0)
     device = connect(composed)
+    energy = Energy.of(device)
     groups = Groups.init(composed.parallel, device, composed.launch.timeout)
     check_same_data(composed, groups, prepared)
     folder, summary = claim(composed, groups)
@@ -127,7 +130,7 @@ def retrofit_on_this_rank(composed: Retrofit, stay: bool = False) -> int:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if summary is None or by_main(groups, lambda: _reclaim(folder)):
-            _make(composed, folder, groups, prepared, began if stay else None)
+            _make(composed, folder, groups, prepared, energy, began if stay else None)
             gc.collect()  # DeepSpeed's engine refers to itself; its memory is needed
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -161,7 +164,12 @@ def _reclaim(folder: Path) -> bool:
 
 
 def _make(
-    run: Retrofit, folder: Path, groups: "Groups", prepared: "Prepared", started: float | None
+    run: Retrofit,
+    folder: Path,
+    groups: "Groups",
+    prepared: "Prepared",
+    energy: "Energy",
+    started: float | None,
 ) -> None:
     """Build, train and save the model; `started`: when the run began, None: with this process."""
     from kalmagrove.engine import find_checkpoints
@@ -177,7 +185,7 @@ def _make(
         by_main(groups, lambda: run_folder.settle(folder, run, prepared.tokenizer))
         by_main(groups, lambda: _export(folder, built.inner, None))
     else:
-        _train(run, folder, groups, prepared, built, started)
+        _train(run, folder, groups, prepared, built, energy, started)
 
 
 def _sample(prepared: "Prepared", run: Retrofit) -> "list[torch.Tensor]":
@@ -224,6 +232,7 @@ def _train(
     groups: "Groups",
     prepared: "Prepared",
     built: "Built",
+    energy: "Energy",
     started: float | None,
 ) -> None:
     """As `kalmagrove train` does, and the model in the format of Hugging Face."""
@@ -243,10 +252,12 @@ def _train(
         params_total=built.trainable.total,
         params_active=built.trainable.total,
         flops_per_token=flops.training,
+        forward_flops_per_token=flops.forward,
         hardware_flops_per_token=flops.hardware(run.engine.activation_checkpointing),
         val_bytes_per_token=prepared.val_bytes_per_token,
         val_split_tokens=prepared.manifest.val.targets,
         baselines={"unigram_nats": prepared.unigram_nats, "bigram_nats": prepared.bigram_nats},
+        energy=energy,
         started=started,
     )
     state = resume(engine, batches, meters, run, folder)

@@ -25,7 +25,7 @@ from kalmagrove.config import KalmaGroveError, Run, load
 if TYPE_CHECKING:  # torch is imported only once the configuration is known to work
     from kalmagrove.data import Prepared
     from kalmagrove.parallel import Groups
-    from kalmagrove.track import Meters
+    from kalmagrove.track import Energy, Meters
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +80,13 @@ def train_on_this_rank(composed: Run) -> int:
     from kalmagrove.engine import build_engine, check_room, connect, disconnect, fit, resume
     from kalmagrove.nn import build_model
     from kalmagrove.parallel import Groups
+    from kalmagrove.track import Energy
 
     set_up_logging()
     prepared = prepare(composed.data, progress=launch.launched_rank() == 0)
     run = composed.with_vocab(prepared.vocab_size)
     device = connect(run)
+    energy = Energy.of(device)
     groups = Groups.init(run.parallel, device, run.launch.timeout)
     check_same_data(run, groups, prepared)
     folder, summary = claim(composed, groups)
@@ -98,7 +100,7 @@ def train_on_this_rank(composed: Run) -> int:
     torch.manual_seed(run.seed)
     model = build_model(run.model, groups)
     engine = build_engine(model, run, groups)
-    meters = _meters(run, folder, groups, prepared)
+    meters = _meters(run, folder, groups, prepared, energy)
     state = resume(engine, batches, meters, run, folder)
     check_room(engine, state.folder, state.step)
     by_main(groups, lambda: run_folder.settle(folder, composed, prepared.tokenizer))
@@ -111,7 +113,9 @@ def train_on_this_rank(composed: Run) -> int:
     return 0
 
 
-def _meters(run: Run, folder: Path, groups: "Groups", prepared: "Prepared") -> "Meters":
+def _meters(
+    run: Run, folder: Path, groups: "Groups", prepared: "Prepared", energy: "Energy"
+) -> "Meters":
     from kalmagrove.config.counts import parameter_count
     from kalmagrove.track import build_meters, flops_per_token
 
@@ -125,6 +129,7 @@ def _meters(run: Run, folder: Path, groups: "Groups", prepared: "Prepared") -> "
         params_total=count.total,
         params_active=count.active,
         flops_per_token=flops.training,
+        forward_flops_per_token=flops.forward,
         hardware_flops_per_token=flops.hardware(run.engine.activation_checkpointing),
         val_bytes_per_token=prepared.val_bytes_per_token,
         val_split_tokens=prepared.manifest.val.targets,
@@ -132,6 +137,7 @@ def _meters(run: Run, folder: Path, groups: "Groups", prepared: "Prepared") -> "
             "unigram_nats": prepared.unigram_nats,
             "bigram_nats": prepared.bigram_nats,
         },
+        energy=energy,
     )
 
 

@@ -19,6 +19,7 @@ from kalmagrove.engine.schedule import lr_factor
 from kalmagrove.engine.timer import Timer
 from kalmagrove.engine.watchdog import Progress
 from kalmagrove.parallel import (
+    Exchanged,
     Groups,
     all_gather_object,
     all_reduce_sum,
@@ -81,9 +82,9 @@ class Engine:
 
     module: the model itself. deepspeed: the DeepSpeedEngine around it. nonfinite_in_row: skipped
     steps since the last good one. nonfinite_total: since step 0. metrics: the module's after the
-    last training step, and `aux_loss`, what was added to the cross-entropy. frozen: a digest of the
-    weights that do not train, None if all do. timer: seconds of the phases of steps. progress:
-    where this rank is.
+    last training step, `aux_loss`, what was added to the cross-entropy, and `alltoall_bytes`, what
+    the step sent in all-to-alls, if the model has any. frozen: a digest of the weights that do not
+    train, None if all do. timer: seconds of the phases of steps. progress: where this rank is.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Engine:
         self.nonfinite_in_row = 0
         self.nonfinite_total = 0
         self.metrics: dict[str, Tensor] = {}
+        self._sent = 0  # bytes in all-to-alls of the last step
         self._losses: list[Tensor] = []  # of the last step's micro-batches, on the device
         self.timer, self.progress = Timer(groups.device), Progress()
         self.accumulation = run.accumulation(groups.dp.size)
@@ -127,13 +129,14 @@ class Engine:
         assert len(batches) == self.accumulation, "one step takes `accumulation` micro-batches"
         self._set_lr(self._lr_factor(step))
         self.module.train()
-        self.module.traffic()  # type: ignore[operator]  # not that of evaluations
+        exchanging = self.module.traffic() is not None  # type: ignore[operator]
+        self._sent = 0  # and what an evaluation sent is read and forgotten
         nll, aux = torch.zeros((2,), device=self.groups.device)
         self._losses = []
         for batch in batches:
             self.progress.at("forward")
             output = self.deepspeed(**self._to_device(batch))
-            self.timer.lap("forward")
+            self._end_pass("forward")
             self.progress.at("backward")
             # NaN or infinity in the loss makes the factor NaN, and so every gradient, whatever the
             # graph does with it; otherwise it is exactly 1. The norm then reports both kinds of
@@ -142,7 +145,7 @@ class Engine:
             self._losses.append(loss)
             factor = 1 + 0 * loss
             self.deepspeed.backward(output.loss * factor)
-            self.timer.lap("backward")
+            self._end_pass("backward")
             self.progress.at("optimizer")
             if self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._unsharded_norm() if self.run.zero.stage == 0 else None
@@ -153,13 +156,20 @@ class Engine:
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         # Taken here, because an evaluation leaves its own in the module.
-        traffic = self.module.traffic()  # type: ignore[operator]  # the norm has waited for it
-        self.metrics = {**self.module.metrics(), **traffic, "aux_loss": aux}  # type: ignore[operator]
+        self.metrics = {**self.module.metrics(), "aux_loss": aux}  # type: ignore[operator]
+        if exchanging:
+            self.metrics["alltoall_bytes"] = torch.tensor(float(self._sent))
         self._count(norm)
         if not self.skipped:
             self.module.balance(self.groups)  # type: ignore[operator]
         self.timer.lap("optimizer")
         return nll, norm
+
+    def _end_pass(self, phase: str) -> None:
+        """A lap, with the pass's all-to-alls told apart."""
+        found: Exchanged | None = self.module.traffic()  # type: ignore[operator]
+        self.timer.lap(phase, found and found.seconds)
+        self._sent += found.bytes if found else 0
 
     @property
     def skipped(self) -> bool:

@@ -53,6 +53,8 @@ class Observer(Protocol):
 
     def step(self, record: StepRecord) -> None: ...
 
+    def pause(self) -> None: ...
+
     def evaluated(self, step: int, tokens: int, nats: float, val_tokens: int) -> None: ...
 
     def checkpointed(self, step: int, tokens: int, path: Path, seconds: float) -> None: ...
@@ -184,8 +186,7 @@ def _train(
             _step(engine, batches, meters, state, run)
         last, val_nats = state.step == run.steps, None
         if last or state.step % run.eval.every == 0:
-            val_nats, val_tokens = evaluate(engine, val_batches)
-            meters.evaluated(state.step, state.tokens, val_nats, val_tokens)
+            val_nats = _evaluate(engine, val_batches, meters, state)
         if last or state.step % run.checkpoint.every == 0:
             _save(engine, batches, meters, state, must=last)
         if not last:
@@ -201,8 +202,7 @@ def _train(
                     f"{run.steps}; saved in {state.newest}; {_continued_by(state, run)} continues"
                 )
     if val_nats is None:  # resumed at the last step
-        val_nats, val_tokens = evaluate(engine, val_batches)
-        meters.evaluated(state.step, state.tokens, val_nats, val_tokens)
+        val_nats = _evaluate(engine, val_batches, meters, state)
     if state.saved != state.step:
         _save(engine, batches, meters, state, must=True)
     return val_nats
@@ -268,6 +268,15 @@ def _give_up(engine: Engine, state: State, run: Training, reason: str) -> None:
     )
 
 
+def _evaluate(
+    engine: Engine, val_batches: Iterable[Batch], meters: Observer, state: State
+) -> float:
+    meters.pause()
+    nats, val_tokens = evaluate(engine, val_batches)
+    meters.evaluated(state.step, state.tokens, nats, val_tokens)
+    return nats
+
+
 def evaluate(engine: Engine, val_batches: Iterable[Batch]) -> tuple[float, int]:
     """`mean_nats` of the engine's model."""
     return mean_nats(engine.eval_loss, val_batches, engine.groups)
@@ -302,6 +311,7 @@ def _save(engine: Engine, batches: Batches, meters: Observer, state: State, *, m
     """Save. A failure is noted and made good by the next save; two in a row end the run, as does
     one of a save that `must` be: work that cannot be saved is not worth its price.
     """
+    meters.pause()
     try:
         path, seconds = save(engine, batches, meters, state)
     except CheckpointError as error:

@@ -17,6 +17,7 @@ from kalmagrove.config import Model
 from kalmagrove.nn.block import Block
 from kalmagrove.nn.norm import RMSNorm
 from kalmagrove.parallel import (
+    Exchanged,
     Groups,
     Linear,
     TensorParallel,
@@ -159,17 +160,12 @@ class Transformer(nn.Module):
             for name, value in module.metrics.items()
         }
 
-    def traffic(self) -> dict[str, Tensor]:
-        """What all layers' all-to-alls sent to other ranks, and the seconds they took, since the
-        last call; nothing if there are none.
-        """
+    def traffic(self) -> Exchanged | None:
+        """What all layers' all-to-alls cost since the last call; None if there never are any."""
         counts = [
             block.ffn.traffic.drain() for block in self.layers if hasattr(block.ffn, "traffic")
         ]
-        if self.groups.ep.size == 1 or not counts:
-            return {}
-        sent, seconds = (torch.tensor(sum(column)) for column in zip(*counts, strict=True))
-        return {"alltoall_bytes": sent, "alltoall_seconds": seconds}
+        return Exchanged.sum(counts) if self.groups.ep.size > 1 and counts else None
 
 
 def build_model(model: Model, groups: Groups) -> Transformer:

@@ -33,10 +33,11 @@ from kalmagrove.parallel.shard import (
     shard_of,
 )
 from kalmagrove.parallel.tensor import Linear, TensorParallel, VocabEmbedding, cross_entropy
-from kalmagrove.parallel.traffic import Traffic
+from kalmagrove.parallel.traffic import Exchanged, Traffic
 
 __all__ = [
     "ContextParallel",
+    "Exchanged",
     "Group",
     "Groups",
     "Linear",

@@ -92,9 +92,8 @@ class LanguageModel(nn.Module):
             for metric, value in getattr(getattr(block, name), "metrics", {}).items()
         }
 
-    def traffic(self) -> dict[str, Tensor]:
+    def traffic(self) -> None:
         """Nothing is exchanged inside the model."""
-        return {}
 
     def balance(self, groups: Groups) -> None:
         """Nothing is routed."""

@@ -1,12 +1,16 @@
 """What a ledger says of sessions and phases, as tables: for `kalmagrove ledger`."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any
 
 from kalmagrove.track.ledger import FIRST, History, Line
-from kalmagrove.track.phases import PHASES
+from kalmagrove.track.phases import PHASES, STAGES
+
+# Within training, which is a stage: its phases and what is idle between them.
+WITHIN = tuple(phase for phase in PHASES if phase not in STAGES)
+ROWS = ("startup", "training", *WITHIN, "evaluation", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -65,47 +69,140 @@ def sessions(history: History) -> list[Session]:
 
 @dataclass(frozen=True)
 class Part:
-    """A phase's share of a run. Dollars are those of the devices while it lasted."""
+    """What a phase or a stage took. None: not known, or not of this one.
 
-    phase: str
+    usd: of the devices while it lasted, without energy and storage that have prices of their own.
+    joules: of stages only. tokens: trained, lost work included, or evaluated. flops: of the model.
+    """
+
     seconds: float
     device_seconds: float
-    usd: float | None
+    usd: float | None = None
+    joules: float | None = None
+    tokens: int | None = None
+    flops: float | None = None
+
+    def plus(self, other: "Part") -> "Part":
+        """What is unknown of one of them is unknown of both."""
+        both = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
+        sums: list[Any] = [None if a is None or b is None else a + b for a, b in both]
+        return Part(*sums)
 
 
-def parts(history: History) -> list[Part]:
-    """Every phase, summed over all sessions whose lines tell of phases."""
-    told = [session for session in sessions(history) if session.phases]
-    found = []
-    for phase in PHASES:
-        usd: float | None = 0.0
-        for session in told:
-            rate = session.first["usd_per_device_hour"]
-            hours = session.phases[phase] * session.devices / 3600
-            usd = None if usd is None or rate is None else usd + rate * hours
-        seconds = sum(session.phases[phase] for session in told)
-        device = sum(session.phases[phase] * session.devices for session in told)
-        found.append(Part(phase, seconds, device, usd))
-    return found
+def parts(history: History) -> dict[str, Part]:
+    """Of the whole run, in the order of `ROWS`: all sessions whose lines tell of phases.
+
+    Without those that no line tells of: ledgers of older versions have all-to-alls within the
+    forward and the backward pass.
+    """
+    found: dict[str, Part] = {}
+    for session in sessions(history):
+        own = Books(session.first)
+        for line in session.lines:
+            own.add(line)
+        for name, part in own.parts().items():
+            found[name] = found[name].plus(part) if name in found else part
+    return {name: found[name] for name in ROWS if name in found}
+
+
+class Books:
+    """The parts of one session, line by line."""
+
+    def __init__(self, first: Line) -> None:
+        self._first = first
+        self._phases: Mapping[str, float] = {}
+        self._joules: Mapping[str, float | None] = {}
+        self._trained = 0
+        self._evaluated: int | None = 0
+
+    def add(self, line: Line) -> None:
+        self._phases = line.get("phases", self._phases)
+        self._joules = line.get("phase_joules", self._joules)
+        self._trained = max(self._trained, line["tokens"] - self._first["tokens"])
+        if line["event"] == "eval":
+            more = line.get("val_tokens")
+            self._evaluated = (
+                None if self._evaluated is None or more is None else self._evaluated + more
+            )
+
+    def parts(self) -> dict[str, Part]:
+        """Up to the last line that was added; nothing if no line tells of phases."""
+        if not self._phases:
+            return {}
+        seconds = dict(self._phases)
+        seconds["training"] = sum(seconds.get(phase, 0.0) for phase in WITHIN)
+        devices, rate = self._first["devices"], self._first["usd_per_device_hour"]
+        forward = self._first.get("forward_flops_per_token")
+        whole = self._first["flops_per_token"]
+        tokens = {"training": self._trained, "evaluation": self._evaluated}
+        flops = {
+            "training": _times(whole, self._trained),
+            "forward": _times(forward, self._trained),
+            "backward": None if forward is None else _times(whole - forward, self._trained),
+            "evaluation": _times(forward, self._evaluated),
+        }
+        return {
+            name: Part(
+                round(seconds[name], 6),
+                round(seconds[name] * devices, 6),
+                None if rate is None else rate * seconds[name] * devices / 3600,
+                self._joules.get(name),
+                tokens.get(name),
+                flops.get(name),
+            )
+            for name in ROWS
+            if name in seconds
+        }
+
+
+def _times(per_token: float | None, tokens: int | None) -> float | None:
+    return None if per_token is None or tokens is None else per_token * tokens
+
+
+HIDDEN = ("digest", "phase_joules")  # not in the export as the line has them
+# What the export calls the figures of a part, and which parts have it; seconds are the ledger's own
+# `phases`.
+COLUMNS: dict[str, tuple[str, Sequence[str]]] = {
+    "device_seconds": ("phase_device_seconds", ROWS),
+    "usd": ("phase_usd", ROWS),
+    "joules": ("phase_joules", STAGES),
+    "tokens": ("phase_tokens", ("training", "evaluation")),
+    "flops": ("phase_flops", ("training", "forward", "backward", "evaluation")),
+}
 
 
 def rows(history: History) -> list[dict[str, Any]]:
     """Every line as one flat row: `phases.forward`, `model.load_cv`. All rows have all columns.
 
-    In addition: session (1, 2, ...), lasted (whether no later session replaced the line) and flops
-    (the model's, of all tokens so far).
+    In addition: session (1, 2, ...), lasted (whether no later session replaced the line), flops
+    (the model's, of all tokens so far), and of the session so far what every phase took:
+    `phase_usd.forward`, `phase_joules.training`.
     """
     lasted = {id(line) for line in history.effective()}
     flat = []
     for number, session in enumerate(sessions(history), start=1):
-        per_token = session.first["flops_per_token"]
+        per_token, books = session.first["flops_per_token"], Books(session.first)
         for line in session.lines:
+            books.add(line)
             facts = {"session": number, "lasted": id(line) in lasted}
-            told = {key: value for key, value in line.items() if key != "digest"}
+            told = {key: value for key, value in line.items() if key not in HIDDEN}
             flops = per_token * line["tokens"]
-            flat.append({**facts, **dict(_flat(told)), "flops": flops})
+            more = _columns(books.parts(), energy="phase_joules" in line)
+            flat.append({**facts, **dict(_flat(told)), "flops": flops, **more})
     columns = dict.fromkeys(key for row in flat for key in row)
     return [{key: row.get(key) for key in columns} for row in flat]
+
+
+def _columns(found: Mapping[str, Part], energy: bool) -> dict[str, Any]:
+    """Those that a part can have: not the tokens of a checkpoint. energy: whether the line tells of
+    it.
+    """
+    return {
+        f"{column}.{name}": getattr(part, key) if key != "joules" or energy else None
+        for key, (column, known) in COLUMNS.items()
+        for name, part in found.items()
+        if name in known
+    }
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from kalmagrove.track.ledger import FIRST, Line, line_digest, parse_line, split_
 CUMULATIVE = ("device_seconds", "wall_seconds", "usd")  # over all sessions
 WITHIN = ("step", "tokens", "mono")  # in one session
 TOLERANCE = 0.01  # of a session's wall clock
+SLACK_JOULES = 0.01  # lines have them to the thousandth
 
 
 def faults(path: Path) -> list[str]:
@@ -66,9 +67,10 @@ def _wrong(lines: list[tuple[int, Line]]) -> Iterator[tuple[int, str]]:
         yield lines[0][0], "begins no session: the ledger's beginning is missing"
     first: Line | None = None
     last: Line = {}
+    before: float | None = None  # joules of the sessions before
     for number, line in lines:
         if line["event"] in FIRST:
-            first = line
+            first, before = line, None
             lost = max(0, last.get("step", 0) - line["step"])
             if line.get("lost_steps") != lost:
                 yield number, f"tells of {line.get('lost_steps')} lost steps, but {lost} were lost"
@@ -81,7 +83,20 @@ def _wrong(lines: list[tuple[int, Line]]) -> Iterator[tuple[int, str]]:
         if first is not None:
             for wrong in (*_phases(first, line), *_cost(first, line)):
                 yield number, wrong
+        if (joules := _joules_before(line)) is not None:
+            if before is not None and abs(joules - before) > SLACK_JOULES:
+                yield number, f"has stages whose joules are {before - joules:+.3f} J off its own"
+            before = joules
         last = line
+
+
+def _joules_before(line: Line) -> float | None:
+    """Those that are not of the line's session; None: it does not say."""
+    found = [line.get("joules"), *line.get("phase_joules", {}).values()]
+    if len(found) < 2 or any(part is None for part in found):
+        return None
+    whole, *parts = found
+    return whole - sum(parts)
 
 
 def _phases(first: Line, line: Line) -> Iterator[str]:

@@ -21,14 +21,27 @@ Z90 = 1.645  # of the normal distribution, two-sided
 
 
 class Pace:
-    """Seconds of the last steps, evaluations and checkpoints, those of earlier sessions first."""
+    """Seconds of the last steps, evaluations and checkpoints, those of earlier sessions first; and
+    what follows for the rest of a run of `steps` steps.
 
-    def __init__(self, history: History) -> None:
+    since: step and time from which this session's mean pace is reckoned; None: before its first.
+    """
+
+    def __init__(self, history: History, steps: int) -> None:
+        self._whole = steps
+        self.since: tuple[int, float] | None = None
         self._steps: deque[float] = deque(maxlen=RECENT)
-        steps, evals, saves = (history.series(e) for e in ("step", "eval", "checkpoint"))
-        self._before: float = steps[-1]["step_seconds"] if steps else 0.0
+        lines, evals, saves = (history.series(e) for e in ("step", "eval", "checkpoint"))
+        self._before: float = lines[-1]["step_seconds"] if lines else 0.0
         self.evaluation: float = evals[-1]["seconds"] if evals else 0.0
         self.checkpoint: float = saves[-1]["seconds"] if saves else 0.0
+
+    def begin(self, step: int, now: float) -> None:
+        """A step is done. The session's first one compiles and warms up: it says little of others,
+        and the pace is reckoned from its end.
+        """
+        if self.since is None:
+            self.since = step, now
 
     def add(self, seconds: float) -> None:
         """Note a step."""
@@ -49,6 +62,25 @@ class Pace:
         if known < 5:
             return None
         return Z90 * stdev(self._steps) * math.sqrt(steps + steps**2 / known)
+
+    def left(self, step: int, now: float) -> float | None:
+        """Seconds to the run's end by the session's mean pace, evaluations and checkpoints
+        included; None: not known yet.
+        """
+        remaining = self._whole - step
+        if remaining <= 0:
+            return 0.0
+        if self.since is None or step <= self.since[0]:
+            return None
+        first, since = self.since
+        return (now - since) / (step - first) * remaining
+
+    def interval(self, step: int, left: float | None) -> tuple[float | None, float | None]:
+        """Ends of the 90% interval of `left`; None: unknown."""
+        margin = self.margin(self._whole - step)
+        if left is None or margin is None:
+            return None, None
+        return max(0.0, left - margin), left + margin
 
 
 @dataclass(frozen=True)

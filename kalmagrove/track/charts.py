@@ -7,7 +7,7 @@ keep their number: `groves/3.load_cv` beside the mean over layers, `groves/load_
 from collections.abc import Mapping
 from typing import Any
 
-from kalmagrove.track.phases import TRAINING
+from kalmagrove.track.phases import STAGES, TRAINING
 
 AXES = ("tokens", "usd", "hours")  # logged with every point; hours of wall clock, all sessions
 
@@ -39,9 +39,10 @@ STEP = EITHER | {
 EVAL = EITHER | {"val_loss": "eval/loss", "val_bits_per_byte": "eval/bits_per_byte"}
 LINES = {"step": STEP, "eval": EVAL}
 
-# Dictionaries of a step line: the group of what they hold. `TRAINING` and `COMM` are what there is.
-NESTED = {"seconds_split": "phases", "comm": "comm"}
-COMM = ("alltoall_bytes", "alltoall_seconds")  # metrics of a step that are not about the model
+# Dictionaries of a step line: the group of what they hold. `TRAINING`, `COMM` and `STAGES` are what
+# there is.
+NESTED = {"seconds_split": "phases", "comm": "comm", "phase_joules": "energy"}
+COMM = ("alltoall_bytes", "alltoall_seconds")  # of a step: not about the model
 # Metrics of the model, by the last part of their names; `model/` takes those not listed.
 MODEL = {
     "aux_loss": "loss/aux_loss",
@@ -67,6 +68,7 @@ NAMES = frozenset(
     + [name for name, _ in PER_TOKEN.values()]
     + [f"phases/{name}" for name in TRAINING]
     + [f"comm/{name}" for name in COMM]
+    + [f"energy/{name}" for name in STAGES]
 )
 GROUPS = tuple(sorted({name.partition("/")[0] for name in NAMES} | {"model"}))
 

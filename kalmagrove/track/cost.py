@@ -44,6 +44,11 @@ class Cost:
             return cls(threads, "core", price.usd_per_core_hour, *others)
         return cls(world_size, "gpu", price.usd_per_gpu_hour, *others)
 
+    def text(self, name: str) -> str:
+        """The price of a device, called `name`, in words."""
+        rate = self.usd_per_device_hour
+        return "unknown" if rate is None else f"${rate:g} a {self.unit}-hour ({name})"
+
     def device_seconds(self, wall_seconds: float) -> float:
         return wall_seconds * self.devices
 
@@ -70,6 +75,11 @@ class Spent:
     device_seconds: float = 0.0
     usd: Decimal | None = Decimal(0)  # None once any part had no price
     wall_seconds: float = 0.0
+
+    @property
+    def dollars(self) -> float | None:
+        """As ledgers have them."""
+        return None if self.usd is None else float(round(self.usd, 6))
 
     def plus(
         self,

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from kalmagrove.config import KalmaGroveError
+from kalmagrove.track.phases import STAGES, TRAINING
 from kalmagrove.track.redact import scrub
 
 
@@ -57,6 +58,10 @@ PAGES: dict[str, dict[str, list[Chart]]] = {
             Chart("device seconds", ("cost/device_seconds",)),
             Chart("joules", ("cost/joules",)),
             Chart("joules per token so far", ("cost/joules_per_token",)),
+            Chart(
+                "joules of the session, by what they went to",
+                tuple(f"energy/{stage}" for stage in STAGES),
+            ),
             Chart("seconds left", ("cost/seconds_left",), "hours"),
         ],
     },
@@ -70,9 +75,9 @@ PAGES: dict[str, dict[str, list[Chart]]] = {
         "Where the time goes": [
             Chart(
                 "seconds between two lines, by phase",
-                ("phases/data", "phases/forward", "phases/backward", "phases/optimizer"),
+                tuple(f"phases/{phase}" for phase in TRAINING),
             ),
-            Chart("all-to-all, seconds a step", ("comm/alltoall_seconds",)),
+            Chart("all-to-all, seconds a step, mean of ranks", ("comm/alltoall_seconds",)),
             Chart("all-to-all, bytes a step", ("comm/alltoall_bytes",)),
             Chart("peak memory of a device, bytes", ("memory/peak", "memory/reserved")),
         ],

@@ -1,5 +1,5 @@
 """What GPUs can do at most, by the name that CUDA gives them: for MFU and HFU where the price's
-`peak_tflops` says nothing.
+`peak_tflops` says nothing. And the memory in use on this one.
 
 Dense bf16 matrix products, without sparsity, TFLOP/s, as NVIDIA's and AMD's data sheets have them
 (a PCIe or NVL card has a name of its own); check the one you report with. A device that is not
@@ -7,6 +7,10 @@ listed has no peak: null, not a guess.
 """
 
 import re
+import resource
+import sys
+
+import torch
 
 PEAKS = (  # the first that is found in the name
     (r"GB200", 2500.0),  # GB200 NVL72 data sheet, a GPU: 5 PFLOP/s sparse
@@ -43,3 +47,16 @@ def peak_tflops(name: str | None) -> float | None:
     if name is None:
         return None
     return next((peak for pattern, peak in PEAKS if re.search(pattern, name)), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most torch held on a GPU, or this process of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024
+
+
+def reserved_memory(device: torch.device) -> int:
+    """Bytes: the most that torch took from a GPU, its cache included; 0 on CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0

@@ -1,31 +1,52 @@
 """Energy of this rank's GPU, by NVML's counter (pynvml, of the extra `gpu`); of the processors of
 a machine without GPUs, by RAPL's.
 
-Read by `Meters` whenever a ledger line is written.
+Read by `Meters` when a ledger line is written, and where training gives way to an evaluation or a
+checkpoint and comes back: never within a step. NVML's counter moves every 20 to 100 ms: a part may
+have that much of its neighbour's joules.
 """
 
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
+
+from kalmagrove.track.phases import STAGES
 
 Counter = Callable[[], float | None]  # joules since some moment; None: no answer
 POWERCAP = Path("/sys/class/powercap")
 
 
 class Energy:
-    """Joules since it was made, of whatever `counter` counts; None: of nothing measurable."""
+    """Joules since it was made, of whatever `counter` counts, by stage; None: of nothing
+    measurable.
+    """
 
     def __init__(self, counter: Counter | None) -> None:
         self._counter = counter
-        self._first = counter() if counter else None
+        self._last = counter() if counter else None
+        self._known = self._last is not None
+        self._stages = dict.fromkeys(STAGES, 0.0)
 
-    def used(self) -> float:
-        """NaN where it cannot be measured."""
+    @classmethod
+    def of(cls, device: torch.device) -> Self:
+        """This rank's share of what the run uses."""
+        return cls(counter_of(device))
+
+    def book(self, stage: str) -> None:
+        """What was used since the last call went to `stage`."""
         now = self._counter() if self._counter else None
-        return math.nan if now is None or self._first is None else now - self._first
+        self._known = now is not None and self._last is not None
+        if now is not None and self._last is not None:
+            self._stages[stage] += now - self._last
+            self._last = now
+
+    def used(self) -> dict[str, float]:
+        """Up to the last `book`, by stage; NaN if there was no answer then."""
+        return dict(self._stages) if self._known else dict.fromkeys(self._stages, math.nan)
 
 
 def gpu_counter(device: torch.device) -> Counter | None:

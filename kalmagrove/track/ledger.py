@@ -176,7 +176,7 @@ class Ledger:
             "tokens": tokens,
             "device_seconds": round(spent.device_seconds, 3),
             "wall_seconds": round(spent.wall_seconds, 3),
-            "usd": None if spent.usd is None else float(round(spent.usd, 6)),
+            "usd": spent.dollars,
             **facts,
         }
         clean = _finite(line)

@@ -6,8 +6,19 @@ session, so they are exact whatever happened to the one before.
 
 from collections.abc import Mapping
 
-TRAINING = ("data", "forward", "backward", "optimizer")  # measured by `kalmagrove.engine.timer`
+ALLTOALL = "alltoall"
+# measured by `kalmagrove.engine.timer`
+TRAINING = ("data", "forward", "backward", ALLTOALL, "optimizer")
 PHASES = ("startup", *TRAINING, "evaluation", "checkpoint", "idle")
+# What an energy counter can tell apart, whose figure moves but a few times in a second: training is
+# all phases of steps, and what is idle between them.
+STAGES = ("startup", "training", "evaluation", "checkpoint")
+LABELS = {ALLTOALL: "all-to-all"}
+
+
+def label(phase: str) -> str:
+    """How it is called where people read it."""
+    return LABELS.get(phase, phase)
 
 
 class Phases:

@@ -1,9 +1,9 @@
 """Which rank the others wait for: each rank's own seconds a step, seen side by side.
 
 `Meters` sends them along with the reduction that it makes for a line anyway. A rank's own seconds
-are those of its data and forward passes: in the backward pass and the update ranks wait for one
-another, so that all of them take as long as the slowest. Where ranks talk in the forward pass too
-(tp, cp, ep, ZeRO 3), only groups of them can be told apart.
+are those of its data and forward passes, without all-to-alls: there, in the backward pass and in
+the update ranks wait for one another, so that all of them take as long as the slowest. Where they
+talk in the forward pass in other ways (tp, cp, ZeRO 3), only groups of them can be told apart.
 """
 
 from collections.abc import Mapping

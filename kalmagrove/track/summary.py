@@ -40,6 +40,7 @@ class Facts:
     baselines: Mapping[str, float | None] = field(default_factory=dict)
     val_bytes_per_token: float | None = None
     val_split_tokens: int | None = None  # predicted tokens of the held-out split
+    forward_flops_per_token: float | None = None
     hardware_flops_per_token: float | None = None
     peak_tflops: float | None = None  # of one device; None: unknown
 
@@ -57,7 +58,7 @@ def summarize(history: History, facts: Facts, *, status: str, **more: Any) -> di
     of held-out text, comparable between tokenizers. tokens_per_s counts training alone, without
     evaluations and checkpoints; device_seconds and usd count everything, lost work too; goodput is
     the part of device_seconds in which training steps were done that lasted. joules are
-    the GPUs', from the first step of each session to its last line. val_tokens were evaluated, of
+    those of `track.energy`, to the last line. val_tokens were evaluated, of
     the val_split_tokens that the baselines are for.
     """
     evals = history.series("eval")

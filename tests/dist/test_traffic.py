@@ -81,7 +81,9 @@ def test_four_ranks_send_what_is_predicted() -> None:
 def test_meters_average_over_all_ranks(on_two_ranks: dict[str, Any]) -> None:
     line = on_two_ranks["meters"]
     assert line["loss"] == 3.0
-    assert line["joules"] == 4.0
+    assert line["joules"] == 8.0
+    assert (line["phase_joules"]["startup"], line["phase_joules"]["training"]) == (4.0, 4.0)
+    assert (line["seconds_split"]["alltoall"], line["slowest_rank"]) == (0.25, 0)
     assert line["comm"] == {"alltoall_bytes": 50.0, "alltoall_seconds": 0.5}
     assert line["model"] == {
         "0.time_constant_mean": 9.0, "time_constant_mean": 9.0,

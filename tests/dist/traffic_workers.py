@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,7 +17,7 @@ from kalmagrove.config import Run, load
 from kalmagrove.nn import build_model
 from kalmagrove.nn.dispatch import Balanced
 from kalmagrove.parallel import Groups, differentiable
-from kalmagrove.track import StepRecord, build_meters, communication_estimate, read_history
+from kalmagrove.track import Energy, StepRecord, build_meters, communication_estimate, read_history
 from tests.dist.serving import serve
 
 MODEL = [
@@ -155,8 +154,9 @@ def meters(folder: str) -> dict[str, Any]:
     )
     groups = Groups.init(run.parallel, torch.device("cpu"))
     sizes = {"params_total": 1, "params_active": 1, "flops_per_token": 1.0}
-    found = build_meters(run, Path(folder), groups, **sizes)
-    found._energy = SimpleNamespace(used=lambda: 2.0)  # type: ignore[assignment]
+    joules = iter(range(100, 200, 2))  # two more at each look, on each rank
+    energy = Energy(lambda: float(next(joules)))
+    found = build_meters(run, Path(folder), groups, energy=energy, **sizes)
     found.start(0, 0)
     rank = groups.world.rank
     told = {
@@ -165,9 +165,10 @@ def meters(folder: str) -> dict[str, Any]:
         "1.load_cv": torch.tensor(1.0 if rank == 0 else 0.0),
         "1.dropped": torch.tensor(0.5 * rank),
         "alltoall_bytes": torch.tensor(100 * rank),
-        "alltoall_seconds": torch.tensor(0.5),
     }
-    found.step(StepRecord(1, 16, torch.tensor(2.0 + 2 * rank), 0.5, 1e-3, model_metrics=told))
+    seconds = {"forward": 1.0, "alltoall": 0.25 + 0.5 * rank}
+    loss = torch.tensor(2.0 + 2 * rank)
+    found.step(StepRecord(1, 16, loss, 0.5, 1e-3, False, seconds.copy, told))
     dist.barrier()
     (line,) = read_history(Path(folder) / "ledger.jsonl").series("step")
     return line

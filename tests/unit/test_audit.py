@@ -18,9 +18,12 @@ from kalmagrove.config import KalmaGroveError
 from kalmagrove.engine.timer import Timer
 from kalmagrove.parallel import Groups
 from kalmagrove.track import StepRecord, build_meters, read_history
-from kalmagrove.track.accounts import parts, sessions
+from kalmagrove.track.accounts import ROWS, WITHIN, parts, sessions
 from kalmagrove.track.audit import faults
 from kalmagrove.track.ledger import History
+from kalmagrove.track.phases import STAGES
+from kalmagrove.track.report.page import render
+from kalmagrove.track.report.source import read_run
 
 pytestmark = pytest.mark.unit
 
@@ -53,8 +56,8 @@ def run_dir(tmp_path: Path) -> Path:
 def test_phases_begin_anew_with_a_session_and_add_up(run_dir: Path) -> None:
     one, two = sessions(read_history(run_dir / "ledger.jsonl"))
     assert one.phases == {
-        "startup": 5.0, "data": 1.0, "forward": 6.0, "backward": 0.0, "optimizer": 0.0,
-        "evaluation": 0.0, "checkpoint": 1.0, "idle": 1.0,
+        "startup": 5.0, "data": 1.0, "forward": 6.0, "backward": 0.0, "alltoall": 0.0,
+        "optimizer": 0.0, "evaluation": 0.0, "checkpoint": 1.0, "idle": 1.0,
     }  # fmt: skip
     assert (two.phases["startup"], two.phases["evaluation"]) == (3.0, 2.5)
     assert (sum(one.phases.values()), sum(two.phases.values())) == (14.0, 17.5)
@@ -64,11 +67,20 @@ def test_phases_begin_anew_with_a_session_and_add_up(run_dir: Path) -> None:
     assert float(two.usd or 0) == pytest.approx(0.175)
 
 
-def test_dollars_of_phases_are_those_of_their_devices(run_dir: Path) -> None:
-    found = {part.phase: part for part in parts(read_history(run_dir / "ledger.jsonl"))}
+def test_dollars_tokens_and_flops_of_phases(run_dir: Path) -> None:
+    found = parts(read_history(run_dir / "ledger.jsonl"))
+    assert tuple(found) == ROWS
     assert (found["startup"].seconds, found["startup"].device_seconds) == (8.0, 8.0)
     assert found["startup"].usd == pytest.approx(0.08)
-    assert sum(part.seconds for part in found.values()) == 31.5
+    assert sum(found[stage].seconds for stage in STAGES) == 31.5
+    assert sum(found[phase].seconds for phase in WITHIN) == found["training"].seconds == 20.0
+    assert all(part.joules is None for part in found.values()), "nothing measures"
+    assert found["training"].tokens == 16 * (4 + 6), "steps 3 and 4 were done twice"
+    assert found["evaluation"].tokens == 700
+    told = {name: part.flops for name, part in found.items() if part.flops is not None}
+    assert told == {
+        "training": 160e9, "forward": 40e9, "backward": 120e9, "evaluation": 175e9,
+    }  # fmt: skip
 
 
 def test_goodput_is_the_training_that_lasted(run_dir: Path) -> None:
@@ -92,9 +104,34 @@ def test_lines_of_older_versions_are_read(run_dir: Path, tmp_path_factory: Any) 
     history = read_history(old)
     assert history.wall_seconds == 31.5
     assert [session.wall_seconds for session in sessions(history)] == [14.0, 17.5]
-    assert all(part.seconds == 0 for part in parts(history))
+    assert parts(history) == {}
     assert faults(old) == []
     assert cli.main(["ledger", "show", str(old)]) == 0
+
+
+def test_all_to_alls_of_older_versions_stay_in_the_passes(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines that have phases, but neither joules by stage nor all-to-alls apart."""
+    path = run_dir / "ledger.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    for line in lines:
+        del line["phases"]["alltoall"], line["digest"]
+        for key in ("phase_joules", "forward_flops_per_token", "val_tokens"):
+            line.pop(key, None)
+        if line["event"] == "step":
+            line["alltoall_seconds"] = 0.5
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert faults(path) == []
+    found = parts(read_history(path))
+    assert set(ROWS) - set(found) == {"alltoall"}
+    assert sum(found[stage].seconds for stage in STAGES) == 31.5
+    assert (found["forward"].flops, found["training"].flops) == (None, 160e9)
+    assert found["evaluation"].tokens is None
+    assert cli.main(["ledger", "show", str(run_dir)]) == 0
+    assert "all-to-all" not in capsys.readouterr().out
+    assert cli.main(["ledger", "export", str(run_dir), "--out", str(run_dir / "x.csv")]) == 0
+    render([read_run(run_dir)])
 
 
 def edit(path: Path, number: int, old: str, new: str) -> None:
@@ -209,7 +246,9 @@ def test_after_a_failure_the_device_is_not_asked(tmp_path: Path) -> None:
 def test_show_and_export(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ledger", "show", str(run_dir)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for part in ("0 to 4", "2 to 8", "open", "$0.14", "$0.18", "startup 8.00 25.4%"):
+    for part in ("0 to 4", "2 to 8", "open", "$0.14", "$0.18", "startup 8.00 25.4% 8.00 $0.08 -",
+                 "training 20.00 63.5% 20.00 $0.20 - 160 1.6e+11", "all-to-all 0.00 0.0%",
+                 "evaluation 2.50 7.9% 2.50 $0.03 - 700 1.75e+11"):  # fmt: skip
         assert part in shown, shown
     assert "goodput 50.8%" in shown
     assert "lost 2 steps" in shown
@@ -221,6 +260,15 @@ def test_show_and_export(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [row["session"] for row in table] == [1] * 4 + [2] * 6
     assert [row["lasted"] for row in table][:5] == [True, True, True, False, True]
     assert table[1]["phases.startup"] == 5.0
+    assert table[1]["phases.alltoall"] == 0.0
+    assert table[1]["phase_usd.startup"] == pytest.approx(0.05)
+    assert table[1]["phase_device_seconds.training"] == 4.0
+    assert table[1]["phase_joules.training"] is None
+    assert [row["phase_tokens.training"] for row in table] == [
+        0, 32, 32, 64, 0, 32, 64, 96, 96, 96,
+    ]  # fmt: skip
+    assert table[-1]["phase_flops.evaluation"] == 175e9
+    assert "phase_tokens.checkpoint" not in table[1], "it has none"
     assert table[-1]["flops"] == 128 * 1e9
     with (run_dir / "out.csv").open() as file:
         text = list(csv.DictReader(file))

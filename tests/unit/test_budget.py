@@ -87,7 +87,7 @@ def test_shares_are_told_once_with_what_the_run_will_take() -> None:
 
 
 def test_the_interval_is_as_wide_as_the_steps_differ() -> None:
-    pace = Pace(History(()))
+    pace = Pace(History(()), 100)
     assert (pace.step, pace.margin(10)) == (0.0, None)
     for seconds in (1.0, 3.0, 1.0, 3.0, 2.0):
         pace.add(seconds)
@@ -95,7 +95,7 @@ def test_the_interval_is_as_wide_as_the_steps_differ() -> None:
     # The mean of 5 with a standard deviation of 1: 100 more take 200 s, give or take
     # sqrt(100 + 100^2 / 5) of them.
     assert pace.margin(100) == pytest.approx(1.645 * 2100**0.5)
-    steady = Pace(History(()))
+    steady = Pace(History(()), 100)
     for _ in range(9):
         steady.add(2.0)
     assert steady.margin(100) == 0
@@ -108,7 +108,7 @@ def test_intervals_cover_what_they_promise() -> None:
     draw, covered = random.Random(0), 0
     for _ in range(200):
         steps = [draw.gauss(1.0, 0.2) for _ in range(40)]
-        pace = Pace(History(()))
+        pace = Pace(History(()), 100)
         for seconds in steps[:20]:
             pace.add(seconds)
         margin = pace.margin(20)
@@ -205,9 +205,8 @@ def test_other_ranks_say_nothing_and_no_cap_costs_nothing(tmp_path: Path) -> Non
 
 def test_energy_is_paid_for_as_it_is_measured(tmp_path: Path) -> None:
     gpu = Gpu()
-    run = Session(tmp_path)
-    run.meters._energy = Energy(gpu)
-    run.meters._cost = type(run.meters._cost)(1, "core", 36.0, usd_per_kwh=0.36)
+    price = {"usd_per_kwh": 0.36}
+    run = Session(tmp_path, make_run(price=price), energy=Energy(gpu))
     run.meters.start(0, 0)
     gpu.joules = 1000.0 + 1e5
     run.step(2)

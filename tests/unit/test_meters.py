@@ -19,6 +19,7 @@ from kalmagrove.config import Run
 from kalmagrove.parallel import Groups
 from kalmagrove.track import GridRefit, Meters, StepRecord, build_meters, read_history
 from kalmagrove.track.audit import faults
+from kalmagrove.track.energy import Energy
 from kalmagrove.track.model_metrics import split_metrics, to_scalars
 
 pytestmark = pytest.mark.unit
@@ -38,7 +39,13 @@ class Clock:
 class Session:
     """One process's part of a run: 2 s a step, one core."""
 
-    def __init__(self, run_dir: Path, run: Run | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        run: Run | None = None,
+        clock: Clock | None = None,
+        energy: Energy | None = None,
+    ) -> None:
         self.run, self.clock, self.out = run or make_run(), clock or Clock(), io.StringIO()
         self.path, self.done = run_dir, 0
         self.now: Callable[[], datetime] = lambda: datetime.now(UTC)
@@ -49,8 +56,10 @@ class Session:
             params_total=100,
             params_active=60,
             flops_per_token=1e9,
+            forward_flops_per_token=2.5e8,
             val_bytes_per_token=4.0,
             baselines={"unigram_nats": 6.0, "bigram_nats": 4.5},
+            energy=energy,
             started=self.clock(),
             clock=self.clock,
             now=lambda: self.now(),
@@ -239,13 +248,19 @@ def test_metrics_become_scalars() -> None:
 def test_communication_is_told_apart_from_the_model(tmp_path: Path) -> None:
     session = Session(tmp_path)
     session.meters.start(0, 0)
-    sent = {"alltoall_bytes": torch.tensor(1e6), "alltoall_seconds": torch.tensor(0.5)}
-    session.step(2, model_metrics={**sent, "0.dropped": torch.tensor(0.125)})
-    session.step(4)
-    first, second = session.lines("step")
-    assert first["comm"] == {"alltoall_bytes": 1e6, "alltoall_seconds": 0.5}
+    sent = {"alltoall_bytes": torch.tensor(1e6)}
+    for number in range(1, 5):
+        seconds = {"forward": 1.0 * number, "alltoall": 0.25 * number + (number > 2)}
+        metrics = {**sent, "0.dropped": torch.tensor(0.125)}
+        session.step(number, model_metrics=metrics, seconds=seconds.copy)
+    session.step(6)
+    first, second, third = session.lines("step")
+    assert first["comm"] == {"alltoall_bytes": 1e6, "alltoall_seconds": 0.25}, "a step"
+    assert second["comm"]["alltoall_seconds"] == 0.75
+    assert second["seconds_split"] == {"forward": 2.0, "alltoall": 1.5}, "all of them"
+    assert second["phases"]["alltoall"] == 2.0
     assert first["model"] == {"0.dropped": 0.125, "dropped": 0.125}
-    assert (second["comm"], second["model"]) == ({}, {})
+    assert (third["comm"], third["model"]) == ({}, {})
 
 
 def kill_and_resume(tmp_path: Path) -> Session:

@@ -104,7 +104,7 @@ def test_names_at_the_ends_of_lines_do_not_touch() -> None:
 
 
 def test_stacked_bars_have_lengths_in_proportion() -> None:
-    svg = stacked_bars("k", ["one", "two"], [("a", [1.0, 2.0]), ("b", [3.0, 0.0])], X)
+    svg = stacked_bars("k", ["one", "two"], [(0, [1.0, 2.0]), (1, [3.0, 0.0])], X)
     widths = [float(n) for n in re.findall(r'class="part f\d" [^>]*width="([\d.]+)"', svg)]
     assert len(widths) == 3, "nothing is drawn for nothing"
     assert widths[1] / widths[0] == pytest.approx(3, rel=0.01)

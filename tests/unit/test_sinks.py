@@ -16,7 +16,7 @@ from tiny_run import make_run
 from kalmagrove.config import ConfigError, KalmaGroveError, Track
 from kalmagrove.nn import build_model
 from kalmagrove.parallel import Groups
-from kalmagrove.track import StepRecord, build_meters, read_history
+from kalmagrove.track import Energy, StepRecord, build_meters, read_history
 from kalmagrove.track.charts import AXES, GROUPS, NAMES, charted
 from kalmagrove.track.phases import TRAINING
 from kalmagrove.track.redact import HIDDEN, is_secret, scrub, without_secrets
@@ -42,6 +42,7 @@ def train(run_dir: Path, model_metrics: dict[str, Any] | None = None, **track: A
         params_active=60,
         flops_per_token=1e9,
         val_bytes_per_token=4.0,
+        energy=Energy(lambda: 1000.0),
         screen=RichConsole(file=io.StringIO()),
     )
     meters.start(0, 0)

@@ -95,7 +95,7 @@ def test_dashboards_are_written_without_a_network(
 ) -> None:
     out = tmp_path / "new" / "pages.json"
     assert main(["track", "dashboards", "--project", "p", "--out", str(out)]) == 0
-    assert "kalmagrove cost: 2 sections, 8 panels" in capsys.readouterr().out
+    assert "kalmagrove cost: 2 sections, 9 panels" in capsys.readouterr().out
     views = json.loads(out.read_text())
     assert [view["display_name"] for view in views] == [
         f"kalmagrove {page}" for page in dashboards.PAGES

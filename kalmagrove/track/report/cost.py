@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from kalmagrove.track.ledger import FIRST, Line
+from kalmagrove.track.phases import label
 from kalmagrove.track.report.figures import NO_STEP, REST, TOKENS, bars, lines, percent
 from kalmagrove.track.report.markup import Figure, dollars, duration, number
 from kalmagrove.track.report.source import RunData, values
@@ -55,8 +56,8 @@ def _phases(run: RunData) -> dict[str, float]:
         if not line.get("phases"):
             return {}
         for name, seconds in line["phases"].items():
-            label = REST if name == "idle" else name
-            found[label] = found.get(label, 0.0) + seconds * devices
+            part = REST if name == "idle" else label(name)
+            found[part] = found.get(part, 0.0) + seconds * devices
     return found
 
 

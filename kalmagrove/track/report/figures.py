@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kalmagrove.track.ledger import Line
+from kalmagrove.track.phases import label
 from kalmagrove.track.report.markup import (
     Figure,
     data_table,
@@ -16,6 +17,7 @@ from kalmagrove.track.report.markup import (
 )
 from kalmagrove.track.report.source import POINTS, RunData, thin, values
 from kalmagrove.track.report.svg import (
+    BLANK,
     WIDE,
     WIDTH,
     Axis,
@@ -247,10 +249,14 @@ def bars(
     note: str = "",
     absent: str = "",
 ) -> Figure:
-    """Stacked bars, the rest last; absent if they are all empty."""
-    parts = {name: parts[name] for name in sorted(parts, key=lambda name: name == REST)}
-    if not any(any(column) for column in parts.values()):
+    """Stacked bars, the rest last and without a colour, parts that no bar has left out; absent if
+    they are all empty.
+    """
+    order = sorted(parts, key=lambda name: name == REST)
+    parts = {name: parts[name] for name in order if any(parts[name])}
+    if not parts:
         return Figure(key, title, absent=absent)
+    styles = [BLANK if name == REST else i for i, name in enumerate(parts)]
     rows = [
         [name, *(x.text(column[i]) for column in parts.values())] for i, name in enumerate(names)
     ]
@@ -262,9 +268,9 @@ def bars(
     return Figure(
         key,
         title,
-        body=stacked_bars(key, names, list(parts.items()), x),
+        body=stacked_bars(key, names, list(zip(styles, parts.values(), strict=True)), x),
         says=f"Stacked bars of {x.label}. {told}",
-        legend=legend([(part, i) for i, part in enumerate(parts)], patch),
+        legend=legend(list(zip(parts, styles, strict=True)), patch),
         note=note,
         table=data_table(["", *parts], rows),
     )
@@ -304,6 +310,6 @@ def step_split(steps: Sequence[Line]) -> dict[str, float]:
     for line in known:
         for name, seconds in (line.get("seconds_split") or {}).items():
             if isinstance(seconds, int | float):
-                sums[name] = sums.get(name, 0.0) + seconds
+                sums[label(name)] = sums.get(label(name), 0.0) + seconds
     sums[REST] = max(0.0, sum(line["train_seconds"] for line in known) - sum(sums.values()))
     return {name: 1000 * seconds / count for name, seconds in sums.items()}

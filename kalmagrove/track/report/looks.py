@@ -69,6 +69,7 @@ font-size:13px}
 .line{fill:none;stroke-width:1.9;stroke-linejoin:round}
 .faint{stroke-width:1;opacity:.75}
 .part{stroke:var(--raised);stroke-width:1}
+.blank{fill:var(--ground);stroke:var(--quiet)}
 .box{fill:var(--ground);stroke:var(--grid)}
 path.grid{fill:none;stroke:var(--grid)}
 path.axis{stroke:var(--quiet)}

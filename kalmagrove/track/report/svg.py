@@ -13,6 +13,7 @@ from kalmagrove.track.report.markup import escape, number
 WIDTH, WIDE, HEIGHT = 640, 1180, 300
 LEFT, TOP, BOTTOM = 62, 14, 46
 STYLES = 8
+BLANK = -1  # the style of an area without a colour
 LOG_ABOVE = 50  # the ratio of the values from which their axis is logarithmic
 PLAIN, BOLD = 7.4, 8.2  # widths of letters: on average at most
 LABEL = 20  # characters of a name beside its line
@@ -325,12 +326,12 @@ def scatter(
 
 
 def stacked_bars(
-    key: str, bars: Sequence[str], parts: Sequence[tuple[str, Sequence[float]]], x: Axis
+    key: str, bars: Sequence[str], parts: Sequence[tuple[int, Sequence[float]]], x: Axis
 ) -> str:
     """Lying bars, one a name, each of the same parts side by side.
 
     Args:
-        parts: (name, a value for every bar): none negative.
+        parts: (style, a value for every bar): none negative.
     """
     left = 20 + PLAIN * max(len(clip(bar)) for bar in bars)
     step, height = 26, 26 * len(bars) + 44
@@ -349,12 +350,12 @@ def stacked_bars(
             f'<text class=tick x="{left - 8:.1f}" y="{top + 14}" text-anchor=end>'
             f"{escape(clip(bar))}</text>"
         )
-        for style, (_, values) in enumerate(parts):
+        for style, values in parts:
             begin, end = xs(before), xs(before + values[i])
             before += values[i]
             if end - begin > 0:
                 drawing.append(
-                    f'<rect class="part f{style % STYLES}" x="{begin:.1f}" y="{top}" '
+                    f'<rect class="part {fill(style)}" x="{begin:.1f}" y="{top}" '
                     f'width="{end - begin:.1f}" height="{step - 7}"/>'
                 )
     drawing.append(
@@ -452,9 +453,14 @@ def swatch(style: int) -> str:
     )
 
 
+def fill(style: int) -> str:
+    """The class of an area."""
+    return "blank" if style == BLANK else f"f{style % STYLES}"
+
+
 def patch(style: int) -> str:
     """A piece of the area, for a legend."""
     return (
         f'<svg class=swatch aria-hidden=true viewBox="0 0 12 12" width=12 height=12>'
-        f'<rect class="part f{style % STYLES}" width=12 height=12 /></svg>'
+        f'<rect class="part {fill(style)}" width=12 height=12 /></svg>'
     )
