@@ -16,6 +16,7 @@ import torch.distributed as dist
 from kalmagrove.bench.layouts import Layout, in_turn, random_batches
 from kalmagrove.config import Run
 from kalmagrove.config.counts import parameter_count
+from kalmagrove.config.layout import UsedLayout
 from kalmagrove.engine import build_engine, connect, disconnect
 from kalmagrove.nn import build_model
 from kalmagrove.parallel import Groups, all_reduce_max, barrier
@@ -46,7 +47,8 @@ def run_all(
     }
 
     def one(run: Run, groups: Groups, _: Layout) -> dict[str, Any]:
-        return {"kinds": [measure(run, groups, *kind, steps) for kind in kinds(run)]}
+        measured = [measure(run, groups, *kind, steps) for kind in kinds(run)]
+        return {"used": UsedLayout.of(run, groups.world.size)._asdict(), "kinds": measured}
 
     for records in in_turn(runs, device, one):
         if dist.get_rank() == 0:

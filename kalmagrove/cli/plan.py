@@ -62,13 +62,14 @@ def _other(name: str, argv: Sequence[str]) -> Plan:
 
 def _search(plan: Plan, tokens: int) -> "Search":
     """Raises ConfigError if nothing fits, with the layout that comes nearest."""
-    from kalmagrove.plan import Search, predicted, search
+    from kalmagrove.plan import HostTimes, Search, predicted, search
 
     cluster = plan.cluster
+    host = HostTimes() if plan.host is None else HostTimes.read(plan.host)
     if plan.search:
-        result = search(plan, cluster, tokens)
+        result = search(plan, cluster, tokens, host)
     else:
-        result = Search([predicted(plan, cluster, tokens)], [])
+        result = Search([predicted(plan, cluster, tokens, host)], [])
     if not result.found or not result.found[0].fits:
         nearest = result.refused[0] if result.refused else None
         reason = f"{nearest.layout} {nearest.reason}" if nearest else _memory_line(result.found[0])

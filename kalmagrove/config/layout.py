@@ -6,7 +6,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from kalmagrove.config.errors import ConfigError
 
@@ -186,3 +186,34 @@ def _difference(old: "Parallel", new: "Parallel") -> str:
 
 def _divisors(whole: int) -> list[int]:
     return [n for n in range(1, whole + 1) if whole % n == 0]
+
+
+class UsedLayout(NamedTuple):
+    """Which ways of splitting a run uses: what decides how many operations a layer takes."""
+
+    zero: int
+    several: bool  # ranks
+    tp: bool
+    cp: bool
+    ep: bool
+    sequence: bool
+
+    @classmethod
+    def of(cls, run: "Run", ranks: int) -> Self:
+        layout = run.parallel
+        return cls(
+            run.zero.stage,
+            ranks > 1,
+            layout.tp > 1,
+            layout.cp > 1,
+            layout.ep > 1,
+            layout.sequence and layout.tp > 1,
+        )
+
+    def agreeing(self, other: "UsedLayout") -> int:
+        """In how many of them they are alike."""
+        return sum(a == b for a, b in zip(self, other, strict=True))
+
+    def __str__(self) -> str:
+        words = [name for name in ("tp", "cp", "ep", "sequence") if getattr(self, name)]
+        return ", ".join([f"ZeRO {self.zero}", *(words or ["dp" if self.several else "one GPU"])])

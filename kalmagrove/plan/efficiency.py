@@ -15,6 +15,7 @@ MODELS = "kernels/bench/results/kan_1b_h200_2026-11-27.json, commit 1b550a9"
 BEFORE = "kernels/bench/results/kan_1b_h200_2026-11-22.json, commit 164da1b"
 LENGTHS = "kernels/bench/results/lengths_h200_2026-11-27.json, commit 1b550a9"
 LAYOUTS = "docs/results/layouts-2xh200.json, commit 7363eac"
+HOST = "docs/results/plan-2xh200.json, commit 35ba44d"
 MEASURED_ON = "H200"
 
 
@@ -93,27 +94,40 @@ TABLE = {
     "step": Measured(
         0.015, "seconds a step", "the host between steps, never hidden", MODELS,
     ),
-    "host": Measured(
-        0.0092, "seconds a layer and micro-batch", "the host; the GPU's work hides it", MODELS,
+    "host_ada": Measured(0.0040, "seconds a layer and micro-batch", "the host", HOST),
+    "host_softmax": Measured(0.0033, "seconds a layer and micro-batch", "the host", HOST),
+    "host_mla": Measured(
+        0.0040, "seconds a layer and micro-batch", "the host: assumed to be as much as ADA",
+        "nowhere",
     ),
-    "host_zero2": Measured(
-        0.0135, "seconds a layer and micro-batch", "the same with ZeRO 2", MODELS,
+    "host_dense": Measured(0.0022, "seconds a layer and micro-batch", "the host", HOST),
+    "host_kan": Measured(0.0030, "seconds a layer and micro-batch", "the host", HOST),
+    "host_grove": Measured(
+        0.0130, "seconds a layer and micro-batch", "the host, with kernels", HOST,
     ),
-    "host_zero3": Measured(
-        0.0217, "seconds a layer and micro-batch", "the same with ZeRO 3", MODELS,
+    "host_groves_reference": Measured(
+        0.045, "seconds a layer and micro-batch", "more in grove layers without kernels", LAYOUTS,
     ),
-    "host_experts": Measured(
-        0.021, "seconds a layer and micro-batch", "more in layers of experts", LAYOUTS,
+    "host_moe": Measured(
+        0.025, "seconds a layer and micro-batch", "the host, in layers of experts", LAYOUTS,
     ),
     "host_expert": Measured(
         0.00025, "seconds an expert and micro-batch", "and for each expert on a rank", LAYOUTS,
     ),
-    "host_groves_reference": Measured(
-        0.055, "seconds a layer and micro-batch", "more in grove layers without kernels", LAYOUTS,
+    "host_tp": Measured(
+        0.0040, "seconds a layer and micro-batch", "more with tensor parallelism", HOST,
     ),
-    "host_groves": Measured(
-        0.0092, "seconds a layer and micro-batch", "more in grove layers with kernels: assumed to "
-        "be as much again as a layer, not measured", "nowhere",
+    "host_zero2": Measured(
+        0.0004, "seconds a parameter and micro-batch", "more with ZeRO 2", HOST,
+    ),
+    "host_zero3": Measured(
+        0.00095, "seconds a parameter and micro-batch", "more with ZeRO 3", HOST,
+    ),
+    "host_rest": Measured(
+        0.006, "seconds a micro-batch", "the host, outside of layers", HOST,
+    ),
+    "host_optimizer": Measured(
+        0.0001, "seconds a parameter", "the host, between the passes of two steps", HOST,
     ),
 }  # fmt: skip
 

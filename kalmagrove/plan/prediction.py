@@ -10,6 +10,7 @@ from typing import Any
 from kalmagrove.config import Cluster, Run
 from kalmagrove.config.counts import parameter_count
 from kalmagrove.plan.efficiency import MEASURED_ON, machine_of
+from kalmagrove.plan.host import HostTimes
 from kalmagrove.plan.time import Part, step_time
 from kalmagrove.track import Flops, flops_per_token, memory_estimate, path_of
 
@@ -25,6 +26,7 @@ class Prediction:
     tokens: int
     memory: dict[str, int]  # bytes on one device, by component
     parts: list[Part]  # of a step
+    notes: tuple[str, ...] = ()  # on what was not measured of the host
 
     @property
     def peak_bytes(self) -> int:
@@ -96,7 +98,7 @@ class Prediction:
             found.append("mla: by the figures of softmax attention")
         if parameter_count(model).total > 3e9:
             found.append("model size: the largest one measured has 1.0B parameters")
-        return tuple(found)
+        return (*found, *self.notes)
 
     def tree(self) -> dict[str, Any]:
         """As JSON values; layout, then what it takes."""
@@ -131,14 +133,19 @@ class Prediction:
         }
 
 
-def predicted(run: Run, cluster: Cluster, tokens: int) -> Prediction:
+def predicted(run: Run, cluster: Cluster, tokens: int, host: HostTimes | None = None) -> Prediction:
     """Of this layout.
+
+    Args:
+        host: measured where the run will be; None: as on the machine of `efficiency`.
 
     Raises:
         ConfigError: if the layout does not go over the cluster's GPUs.
     """
     run.check_world(cluster.gpus)
-    return Prediction(run, cluster, tokens, memory_of(run, cluster), step_time(run, cluster))
+    cost = (host or HostTimes()).cost(run, cluster.gpus)
+    parts = step_time(run, cluster, cost)
+    return Prediction(run, cluster, tokens, memory_of(run, cluster), parts, cost.notes)
 
 
 def memory_of(run: Run, cluster: Cluster) -> dict[str, int]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from kalmagrove.config import Cluster, ConfigError, Run
 from kalmagrove.config.layout import check_layout
+from kalmagrove.plan.host import HostTimes
 from kalmagrove.plan.prediction import Prediction, memory_of, predicted, usable_bytes
 
 MICRO = (32, 16, 8, 4, 2, 1)  # rows a rank holds at once
@@ -23,10 +24,10 @@ class Search(NamedTuple):
     refused: list[Refusal]
 
 
-def search(run: Run, cluster: Cluster, tokens: int) -> Search:
+def search(run: Run, cluster: Cluster, tokens: int, host: HostTimes | None = None) -> Search:
     """Vary tp (within a machine), ep, ZeRO, activation checkpointing and the micro-batch, of which
     the largest that fits is taken. cp stays as it is given: it is for rows that one GPU cannot
-    hold.
+    hold. `host`: as for `predicted`.
     """
     found, large, refused = [], [], []
     for layout in _layouts(run, cluster):
@@ -37,7 +38,7 @@ def search(run: Run, cluster: Cluster, tokens: int) -> Search:
                 (one for one in sizes if _bytes(one, cluster) <= usable_bytes(cluster)), None
             )
             if fitting is not None:
-                found.append(predicted(fitting, cluster, tokens))
+                found.append(predicted(fitting, cluster, tokens, host))
             else:
                 large.append((_bytes(sizes[-1], cluster), _too_large(sizes[-1], cluster)))
         except ConfigError as error:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from kalmagrove.config import KAN, Cluster, Run
 from kalmagrove.config.counts import ada_head_dim, head_ranks, held_parameters
 from kalmagrove.plan.efficiency import of
+from kalmagrove.plan.host import Cost
 from kalmagrove.track import communication_estimate, flops_per_token, path_of
 from kalmagrove.track.communication import routed_parts, zero_bytes_apart
 from kalmagrove.track.flops import Path, Row
@@ -27,13 +28,14 @@ class Part(NamedTuple):
     seconds: float  # of a step
 
 
-def step_time(run: Run, cluster: Cluster) -> list[Part]:
+def step_time(run: Run, cluster: Cluster, host: Cost) -> list[Part]:
     """The parts of a step, of the slowest rank; GPUs in bf16.
 
     Args:
         run: with `model.vocab_size` known and a layout that goes over the cluster's GPUs.
+        host: what the step costs it.
     """
-    return _Step(run, cluster).parts()
+    return _Step(run, cluster).parts(host)
 
 
 class _Step:
@@ -46,7 +48,7 @@ class _Step:
         self.again = 4 / 3 if run.engine.activation_checkpointing else 1.0
         self.layers = [_Layer(run, i, self.path) for i in range(run.model.layers)]
 
-    def parts(self) -> list[Part]:
+    def parts(self, host: Cost) -> list[Part]:
         times = self.micro_batches
         flops = flops_per_token(self.run.model, self.run.data.seq_len, self.path)
         products, kan, scores, routers = (
@@ -71,13 +73,16 @@ class _Step:
         layers = [Part(part.name, times * part.seconds) for part in layers]
         layers += [part for part in sent if part.name != GRADIENTS]
         busy = sum(part.seconds for part in layers)  # in which the host prepares what follows
-        waiting = max(0.0, times * sum(layer.host for layer in self.layers) - busy)
+        # The norm of the gradients waits for the passes: what follows it is prepared anew.
+        optimizer = self._optimizer()
+        waiting = max(0.0, times * host.passes - busy)
+        waiting += max(of("step"), host.optimizer - optimizer)
         rest = [part for part in sent if part.name == GRADIENTS]
         step = [
             *layers,
-            Part("optimizer", self._optimizer()),
+            Part("optimizer", optimizer),
             *rest,
-            Part("waiting for the host", of("step") + waiting),
+            Part("waiting for the host", waiting),
         ]
         return [part for part in step if part.seconds > 0]
 
@@ -165,15 +170,11 @@ def _is_product(row: Row) -> bool:
 
 
 class _Layer:
-    """Bytes that a layer moves through a rank's memory for a token, both passes, by kind; and the
-    host's seconds.
-    """
+    """Bytes that a layer moves through a rank's memory for a token, both passes, by kind."""
 
     def __init__(self, run: Run, layer: int, path: Path) -> None:
         model, layout = run.model, run.parallel
         self.moved = {"other": of("stream") * model.d_model / (layout.tp if layout.sequence else 1)}
-        host = {2: "host_zero2", 3: "host_zero3"}.get(run.zero.stage, "host")
-        self.host = of(host)
         self._attention(run, layer, path)
         kind, ffn, tp = model.ffn_kind(layer), model.ffn, layout.tp
         if kind == "dense":
@@ -190,10 +191,6 @@ class _Layer:
         parts = routed_parts(model, layer)
         if parts is not None:
             self._add("routing", of("dispatch") * parts[1] * model.d_model / tp)
-            if kind == "moe":
-                self.host += of("host_experts") + of("host_expert") * parts[0] / layout.ep
-            else:
-                self.host += of("host_groves" if path == "kernels" else "host_groves_reference")
 
     def _add(self, kind: str, bytes_: float) -> None:
         self.moved[kind] = self.moved.get(kind, 0.0) + bytes_

@@ -42,3 +42,22 @@ def test_attentions_are_measured_at_lengths(tmp_path: Path) -> None:
     measured = [(r["attention"], r["length"]) for r in found["records"]]
     assert measured == [("ada", 32), ("ada", 64), ("softmax", 32), ("softmax", 64)]
     assert all(r["tokens_per_second"] > 0 for r in found["records"])
+
+
+def test_the_host_is_measured_and_planned_with(tmp_path: Path) -> None:
+    only = ["--steps", "2", "--only", "dp 1, ZeRO 1", "--out", "host.json"]
+    words = [*WORDS, "launch.nproc=1", "ffn=kan", "attention=ada"]
+    done = run("bench", "host", *only, *words, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "host.json").read_text())
+    (layout,) = found["layouts"]
+    (kind,) = layout["kinds"]
+    assert (kind["attention"], kind["ffn"]) == ("ada", "kan")
+    assert kind["layer"] > 0
+    plan = ["model=kan_tiny", "ffn=kan", "attention=ada", "cluster=h200x1", "search=false"]
+    plan += ["batch.tokens=8192", "out=plan.json"]
+    done = run("plan", *plan, "host=host.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (best,) = json.loads((tmp_path / "plan.json").read_text())["models"][0]["layouts"]
+    layers = 2 * 4 * kind["layer"]  # micro-batches, layers of kan_tiny
+    assert best["step_split"]["waiting for the host"] > 0.9 * layers

@@ -10,6 +10,7 @@ from tiny_run import make_run
 from torch import Tensor
 
 from kalmagrove.config import Run
+from kalmagrove.engine.compat import _not_finite
 from kalmagrove.engine.engine import Engine
 from kalmagrove.nn import build_model
 from kalmagrove.parallel import Groups
@@ -105,3 +106,20 @@ def test_a_loss_that_is_not_finite_is_reported_even_if_the_cross_entropy_is() ->
     loss, _ = engine.train_step(steps, 0)
     assert math.isnan(loss)
     assert engine.skipped
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_is_found_in_any_group(bad: float) -> None:
+    def zero(*values: float) -> Any:
+        groups = {i: [torch.ones(2, 3), torch.tensor([1.0, v]), None] for i, v in enumerate(values)}
+        empty = {len(values): [torch.empty(0)]}
+        return SimpleNamespace(
+            averaged_gradients=groups | empty,
+            bit16_groups=[None] * (len(values) + 1),
+            device=torch.device("cpu"),
+        )
+
+    assert not _not_finite(zero(1.0, -3e38)).item()
+    assert _not_finite(zero(1.0, bad)).item()
+    assert _not_finite(zero(bad, 1.0)).item()
+    assert not _not_finite(zero()).item()

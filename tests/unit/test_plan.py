@@ -12,8 +12,9 @@ from kalmagrove.cli import main
 from kalmagrove.cli.compose import compose_tree
 from kalmagrove.cli.run_folder import write_plan
 from kalmagrove.config import Cluster, ConfigError, Plan, Run, load, validate
-from kalmagrove.plan import predict, predicted, search, step_time
+from kalmagrove.plan import HostTimes, predict, predicted, search, step_time
 from kalmagrove.plan.efficiency import TABLE, machine_of, of
+from kalmagrove.plan.host import Cost
 from kalmagrove.plan.prediction import usable_bytes
 from kalmagrove.track import flops_per_token
 from tests import measured
@@ -75,7 +76,7 @@ def test_efficiencies_say_where_they_are_from() -> None:
 
 
 def test_parts_of_a_step_follow_the_formulas(big: Run) -> None:
-    parts = dict(step_time(big, cluster(gpus=1, gpus_per_node=1)))
+    parts = dict(step_time(big, cluster(gpus=1, gpus_per_node=1), Cost(0.0, 0.0)))
     flops = {r.component: r for r in flops_per_token(big.model, 2048, "kernels").rows}
     products = ("attention ada", "attention softmax", "logits")
     needed = sum(flops[name].forward + flops[name].backward for name in products)
@@ -88,7 +89,8 @@ def test_parts_of_a_step_follow_the_formulas(big: Run) -> None:
 
 def test_faster_machines_are_faster(big: Run) -> None:
     def seconds(run: Run = big, **changes: Any) -> float:
-        return sum(part.seconds for part in step_time(run, cluster(**changes)))
+        parts = step_time(run, cluster(**changes), HostTimes().cost(run, 8))
+        return sum(part.seconds for part in parts)
 
     assert seconds(peak_tflops=2000.0) < seconds()
     assert seconds(memory_tbs=8.0) < seconds()
@@ -109,7 +111,7 @@ def test_an_exchange_over_machines_waits_for_the_network() -> None:
     groves = run_of("ffn=grove", "parallel.ep=8")
 
     def seconds(**changes: Any) -> float:
-        return dict(step_time(groves, cluster(**changes)))["all-to-all"]
+        return dict(step_time(groves, cluster(**changes), Cost(0.0, 0.0)))["all-to-all"]
 
     inside = seconds()
     assert seconds(gpus_per_node=2, network_gbs=1000.0) < inside, "6 of 7 go out, fast"
