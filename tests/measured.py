@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from kalmagrove.cli.bench_lengths import DEFAULTS, contenders
 from kalmagrove.cli.compose import compose_tree
 from kalmagrove.config import Run, load
-from kalmagrove.plan import Prediction, predicted
+from kalmagrove.plan import HostTimes, Prediction, predicted
 from kalmagrove.plan.efficiency import machine_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,12 +55,22 @@ def rows() -> Iterator[Row]:
 
 
 def unfitted() -> Iterator[Row]:
-    """Trainings measured after the numbers of the plan were fixed: nothing was fitted to them."""
+    """Trainings whose memory nothing was fitted to. Of their times, the host's in `efficiency` are
+    a mean between these machines and others.
+    """
     for record in json.loads((ROOT / "docs/results/plan-2xh200.json").read_text())["runs"]:
         yield from _layouts(record["name"], record)
 
 
-def _layouts(group: str, record: dict[str, Any]) -> Iterator[Row]:
+def on_the_spot() -> Iterator[Row]:
+    """Trainings predicted with the host's times that were measured there: nothing was fitted."""
+    for record in json.loads((ROOT / "docs/results/host-h200.json").read_text())["runs"]:
+        if "host" in record:
+            host = HostTimes.of(record["host"], record["name"])
+            yield from _layouts(record["name"], record, host)
+
+
+def _layouts(group: str, record: dict[str, Any], host: HostTimes | None = None) -> Iterator[Row]:
     words = [word for word in record["command"].split()[3:] if "=" in word]
     chosen = [word for word in words if word.startswith(("ffn=", "model.backend="))]
     words += BEFORE.get(record["commit"], [])
@@ -71,7 +81,7 @@ def _layouts(group: str, record: dict[str, Any]) -> Iterator[Row]:
         run = load(_with(tree, layout["overrides"]))
         name = ", ".join([*chosen, layout["layout"]])
         seconds = statistics.median(layout["step_seconds"])
-        yield _row(group, name, run, record["ranks"], seconds, layout["peak_bytes"])
+        yield _row(group, name, run, record["ranks"], seconds, layout["peak_bytes"], host)
 
 
 def _with(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -99,14 +109,22 @@ def _lengths(path: Path) -> Iterator[Row]:
         yield _row(path.stem, f"{name}, rows of {length:,}", run, 1, seconds, record["peak_bytes"])
 
 
-def _row(group: str, name: str, run: Run, ranks: int, seconds: float, peak: int) -> Row:
+def _row(
+    group: str,
+    name: str,
+    run: Run,
+    ranks: int,
+    seconds: float,
+    peak: int,
+    host: HostTimes | None = None,
+) -> Row:
     cluster = machine_of("NVIDIA H200", ranks, None)
     assert cluster is not None
-    return Row(group, name, predicted(run, cluster, run.batch.tokens), seconds, peak)
+    return Row(group, name, predicted(run, cluster, run.batch.tokens, host), seconds, peak)
 
 
 if __name__ == "__main__":
-    for row in itertools.chain(rows(), unfitted()):
+    for row in itertools.chain(rows(), unfitted(), on_the_spot()):
         print(
             f"| {row.group} | {row.name} | {row.seconds * 1e3:,.0f} | "
             f"{row.prediction.step_seconds * 1e3:,.0f} | {row.time_error:+.1%} | "

@@ -15,7 +15,7 @@ MODELS = "kernels/bench/results/kan_1b_h200_2026-11-27.json, commit 1b550a9"
 BEFORE = "kernels/bench/results/kan_1b_h200_2026-11-22.json, commit 164da1b"
 LENGTHS = "kernels/bench/results/lengths_h200_2026-11-27.json, commit 1b550a9"
 LAYOUTS = "docs/results/layouts-2xh200.json, commit 7363eac"
-HOST = "docs/results/plan-2xh200.json, commit 35ba44d"
+HOST = "docs/results/plan-2xh200.json, commit 35ba44d; docs/results/host-h200.json, commit 5f85ca0"
 MEASURED_ON = "H200"
 
 
@@ -94,19 +94,19 @@ TABLE = {
     "step": Measured(
         0.015, "seconds a step", "the host between steps, never hidden", MODELS,
     ),
-    "host_ada": Measured(0.0040, "seconds a layer and micro-batch", "the host", HOST),
-    "host_softmax": Measured(0.0033, "seconds a layer and micro-batch", "the host", HOST),
+    "host_ada": Measured(0.0033, "seconds a layer and micro-batch", "the host", HOST),
+    "host_softmax": Measured(0.0027, "seconds a layer and micro-batch", "the host", HOST),
     "host_mla": Measured(
-        0.0040, "seconds a layer and micro-batch", "the host: assumed to be as much as ADA",
+        0.0033, "seconds a layer and micro-batch", "the host: assumed to be as much as ADA",
         "nowhere",
     ),
-    "host_dense": Measured(0.0022, "seconds a layer and micro-batch", "the host", HOST),
-    "host_kan": Measured(0.0030, "seconds a layer and micro-batch", "the host", HOST),
+    "host_dense": Measured(0.0020, "seconds a layer and micro-batch", "the host", HOST),
+    "host_kan": Measured(0.0026, "seconds a layer and micro-batch", "the host", HOST),
     "host_grove": Measured(
-        0.0130, "seconds a layer and micro-batch", "the host, with kernels", HOST,
+        0.0110, "seconds a layer and micro-batch", "the host, with kernels", HOST,
     ),
     "host_groves_reference": Measured(
-        0.045, "seconds a layer and micro-batch", "more in grove layers without kernels", LAYOUTS,
+        0.046, "seconds a layer and micro-batch", "more in grove layers without kernels", LAYOUTS,
     ),
     "host_moe": Measured(
         0.025, "seconds a layer and micro-batch", "the host, in layers of experts", LAYOUTS,
@@ -118,10 +118,10 @@ TABLE = {
         0.0040, "seconds a layer and micro-batch", "more with tensor parallelism", HOST,
     ),
     "host_zero2": Measured(
-        0.0004, "seconds a parameter and micro-batch", "more with ZeRO 2", HOST,
+        0.00035, "seconds a parameter and micro-batch", "more with ZeRO 2", HOST,
     ),
     "host_zero3": Measured(
-        0.00095, "seconds a parameter and micro-batch", "more with ZeRO 3", HOST,
+        0.0011, "seconds a parameter and micro-batch", "more with ZeRO 3", HOST,
     ),
     "host_rest": Measured(
         0.006, "seconds a micro-batch", "the host, outside of layers", HOST,

@@ -56,15 +56,19 @@ class HostTimes:
             ConfigError: if it is not such a file.
         """
         try:
-            found = json.loads(Path(path).read_text())
-            rows = list(_rows(found))
+            times = cls.of(json.loads(Path(path).read_text()), path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             rule = f"cannot be read as the output of kalmagrove bench host: {error!r}"
             remedy = "write it with kalmagrove bench host ... --out FILE"
             raise ConfigError("host", path, rule, remedy) from None
-        if not rows:
+        if not times._rows:
             raise ConfigError("host", path, "has no measured layout", "see its `failed` entries")
-        return cls(rows, path)
+        return times
+
+    @classmethod
+    def of(cls, found: dict[str, Any], source: str) -> "HostTimes":
+        """The contents of such a file. Raises KeyError or TypeError if it is another."""
+        return cls(list(_rows(found)), source)
 
     def cost(self, run: Run, ranks: int) -> Cost:
         """Of `run` on so many ranks."""

@@ -93,7 +93,7 @@ class Prediction:
             found.append("several machines: network efficiency is assumed")
         kinds = {model.ffn_kind(i) for i in range(model.layers)}
         if "grove" in kinds and path_of(model.backend, gpu=True) == "kernels":
-            found.append("grove layers: measured alone, not in a model")
+            found.append("grove layers: their kernels were measured alone, small ones left out")
         if "mla" in {model.attention_kind(i) for i in range(model.layers)}:
             found.append("mla: by the figures of softmax attention")
         if parameter_count(model).total > 3e9:

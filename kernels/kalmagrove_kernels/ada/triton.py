@@ -257,7 +257,7 @@ class Flows:
         grad_GA = torch.empty_like(self.flow[0])
         FLOW_KERNEL(
             (grad_GA.shape[1], setting.rows, 1),
-            q_dots, k_dots, self.flow, last_G, grad_GA, setting.tokens, setting.rows,
+            q_dots, k_dots, self.flow, last_G, grad_GA, setting.tokens,
             Q_PARTS=len(q_dots), K_PARTS=len(k_dots),
             ANCHOR=size, BLOCK=size, LAST=last_G is not None,
         )  # fmt: skip

@@ -372,7 +372,6 @@ def flow_kernel(
     last_G,
     grad_GA,
     T,
-    G,
     Q_PARTS: tl.constexpr,
     K_PARTS: tl.constexpr,
     ANCHOR: tl.constexpr,
@@ -390,9 +389,11 @@ def flow_kernel(
     token = tl.arange(0, BLOCK)
     live = token < n
     put = tl.zeros([BLOCK], tl.float32)
+    # Not an argument, which as 1 would be a constant without methods.
+    groups = tl.num_programs(1)
     at = group.to(tl.int64) * T + first + token
     for i in tl.static_range(Q_PARTS):
-        put -= tl.load(q_dots_IGT + i * G.to(tl.int64) * T + at, mask=live, other=0.0)
+        put -= tl.load(q_dots_IGT + i * groups.to(tl.int64) * T + at, mask=live, other=0.0)
     before = 0.0
     after = 0.0
     if LAST:
@@ -400,8 +401,8 @@ def flow_kernel(
     follows = anchor + 1 < anchors
     after = tl.where(follows, 0.0, after)
     for j in tl.static_range(K_PARTS):
-        put += tl.load(k_dots_JGT + j * G.to(tl.int64) * T + at, mask=live, other=0.0)
-        flows = flow_JGA + (j * G + group) * anchors + anchor
+        put += tl.load(k_dots_JGT + j * groups.to(tl.int64) * T + at, mask=live, other=0.0)
+        flows = flow_JGA + (j * groups + group) * anchors + anchor
         before += tl.load(flows)
         after += tl.load(flows + 1, mask=follows, other=0.0)
     total = tl.sum(put * (n / 2 - 1 - token), 0) + (before + after) / 2 * n
