@@ -29,7 +29,7 @@ test: lint
 	$(BIN)/python -m pytest tests/dist tests/e2e tests/golden tests/gpu $(addprefix --ignore=,$(MORE)) --durations=12 $(ARGS)
 
 # Tests of single commands that `test` leaves out for time: about twelve minutes.
-MORE := $(addprefix tests/dist/test_,faults_more.py retrofit.py) $(addprefix tests/e2e/test_,docker.py doctor.py evaluate.py report.py search.py sweep.py)
+MORE := $(addprefix tests/dist/test_,faults_more.py retrofit.py) $(addprefix tests/e2e/test_,doctor.py evaluate.py report.py search.py sweep.py two_machines.py)
 test-more: $(READY)
 	$(BIN)/python -m pytest $(MORE) --durations=12 $(ARGS)
 
@@ -50,7 +50,7 @@ MATRIX := $(addprefix tests/dist/test_,matrix.py reshape.py attention_parallel.p
 test-matrix: $(READY)
 	KALMAGROVE_MATRIX=1 $(BIN)/python -m pytest $(MATRIX) $(ARGS)
 
-# A real Slurm of two loopback nodes, started and ended by tests/cluster/slurm.sh: needs root and Debian. About twelve minutes.
+# A real Slurm of two loopback nodes, started and ended by tests/cluster/slurm.sh: needs root and Debian. About fifteen minutes.
 test-slurm: $(READY)
 	KALMAGROVE_SLURM=1 $(BIN)/python -m pytest tests/cluster --durations=12 $(ARGS)
 

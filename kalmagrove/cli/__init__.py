@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from kalmagrove import __version__
 from kalmagrove.config import KalmaGroveError
+from kalmagrove.config.secrets import scrub
 
 VERBS = {
     "train": "train a model, from scratch or from where it stopped",
@@ -79,14 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(error: KalmaGroveError) -> None:
-    """One line; of what connected ranks raise together, one line in all."""
+    """One line, without secrets; of what connected ranks raise together, one line in all."""
     from kalmagrove.cli.launch import launched_rank
 
     rank = launched_rank()
     of_rank = f"rank {rank}: " if rank else ""
 
     def say() -> None:
-        print(f"kalmagrove: {of_rank}{error}", file=sys.stderr, flush=True)
+        print(f"kalmagrove: {of_rank}{scrub(str(error))}", file=sys.stderr, flush=True)
 
     dist = sys.modules.get("torch.distributed")
     if error.collective and dist is not None and dist.is_initialized():

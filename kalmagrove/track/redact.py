@@ -4,14 +4,12 @@
 from it; sinks pass the run's configuration.
 """
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from kalmagrove.config.secrets import is_secret
+from kalmagrove.config.secrets import HIDDEN, is_secret, scrub
 
-HIDDEN = "(hidden)"
-SHORTEST = 8  # characters of a value that is looked for in texts
+__all__ = ["HIDDEN", "is_secret", "scrub", "without_secrets"]
 
 
 def without_secrets(tree: Any) -> Any:
@@ -24,11 +22,3 @@ def without_secrets(tree: Any) -> Any:
             for key, value in tree.items()
         }
     return [without_secrets(item) for item in tree] if isinstance(tree, list | tuple) else tree
-
-
-def scrub(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The text without the values of such variables, which messages of libraries may quote."""
-    for name, value in environment.items():
-        if len(value) >= SHORTEST and is_secret(name):
-            text = text.replace(value, HIDDEN)
-    return text

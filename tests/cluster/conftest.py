@@ -52,7 +52,10 @@ def _missing() -> str | None:
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment in which `sbatch` and `srun` find the Slurm; ended with the session."""
     place = os.environ.get("KALMAGROVE_SLURM_DIR") or "/var/tmp/kalmagrove-slurm"
-    subprocess.run([SCRIPT, "start", place], check=True, timeout=300)
+    done = subprocess.run([SCRIPT, "start", place], timeout=300)
+    if done.returncode == 3:
+        pytest.skip("needs a Slurm, which this machine cannot have; slurm.sh says why")
+    done.check_returncode()
     env = os.environ | {
         "SLURM_CONF": f"{place}/slurm.conf",
         "OMP_NUM_THREADS": "1",
@@ -103,12 +106,16 @@ def until(true: Callable[[], object], what: str, seconds: float = 120) -> None:
         time.sleep(0.2)
 
 
+def sweep(*words: str, settings: list[str]) -> list[str]:
+    """The command that submits a job for each run."""
+    conf = Path(__file__).with_name("conf")
+    launcher = ["-m", "hydra/launcher=slurm", "hydra.launcher.poll=1", "cluster=loopback"]
+    launcher.append(f"hydra.searchpath=[file://{conf}]")
+    return kalmagrove("train", *launcher, *settings, *words)
+
+
 def submit(
     *words: str, settings: list[str], cwd: Path, env: dict[str, str], timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
     """A sweep of jobs, here or (see `env`) anywhere, until it ends."""
-    conf = Path(__file__).with_name("conf")
-    launcher = ["-m", "hydra/launcher=slurm", "hydra.launcher.poll=1", "cluster=loopback"]
-    launcher.append(f"hydra.searchpath=[file://{conf}]")
-    command = kalmagrove("train", *launcher, *settings, *words)
-    return run(*command, cwd=cwd, env=env, timeout=timeout)
+    return run(*sweep(*words, settings=settings), cwd=cwd, env=env, timeout=timeout)

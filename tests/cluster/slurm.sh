@@ -3,6 +3,7 @@
 #
 #   sudo tests/cluster/slurm.sh start [DIR]    # then: export SLURM_CONF=DIR/slurm.conf
 #   sudo tests/cluster/slurm.sh stop [DIR]     # ends what start began, and removes DIR
+# Exit code 3: the packages are not to be had, or the daemons do not run here.
 #
 # 2 nodes (sn1, sn2) of 4 pretended CPUs and 2 pretended GPUs; partitions main, low (preemptible by
 # high) and high. Writes below DIR, one marked line to /etc/hosts, and the packages; without
@@ -15,6 +16,7 @@ NODES=2 CPUS=4 MEMORY=16000 GPUS=2 PORT=${KALMAGROVE_SLURM_PORT:-26810}
 MARK="# kalmagrove $DIR"
 say() { echo "slurm.sh: $*" >&2; }
 die() { say "$*"; exit 1; }
+unable() { say "$*"; exit 3; } # there is no Slurm to be had on this machine
 trap 'die "line $LINENO: $BASH_COMMAND failed; see $DIR/log"' ERR
 
 [ "$(id -u)" = 0 ] || die "needs root, as slurmd starts jobs as their owners"
@@ -31,7 +33,7 @@ install() {
     command -v "${p#*:}" >/dev/null || need+=("${p%%:*}")
   done
   [ ${#need[@]} -gt 0 ] || return 0
-  command -v apt-get >/dev/null || die "${need[*]} are missing, and this is not Debian"
+  command -v apt-get >/dev/null || unable "${need[*]} are missing, and this is not Debian"
   say "installing ${need[*]}"
   local policy=/usr/sbin/policy-rc.d made=0
   if [ ! -e $policy ]; then printf '#!/bin/sh\nexit 101\n' >$policy; chmod 755 $policy; made=1; fi
@@ -41,7 +43,7 @@ install() {
     { apt-get update >>"$DIR/log/apt.log" 2>&1 &&
       "${apt[@]}" install "${need[@]}" >>"$DIR/log/apt.log" 2>&1; } || failed=1
   [ $made = 0 ] || rm -f $policy # it only kept apt from starting daemons
-  [ $failed = 0 ] || { tail -n 5 "$DIR/log/apt.log" >&2; die "apt-get cannot install ${need[*]}"; }
+  [ $failed = 0 ] || { tail -n 5 "$DIR/log/apt.log" >&2; unable "apt-get cannot install ${need[*]}"; }
 }
 
 configure() {
@@ -120,14 +122,14 @@ start() {
       --pid-file="$DIR/run/munged.pid" --log-file="$DIR/log/munged.log" --seed-file="$DIR/munge/seed"
   fi
   alive slurmctld || slurmctld
-  until_true 30 scontrol ping || die "slurmctld does not answer; see $DIR/log/slurmctld.log"
+  until_true 30 scontrol ping || unable "slurmctld does not answer; see $DIR/log/slurmctld.log"
   for i in $(seq $NODES); do
     mkdir -p "$DIR/run/spool.sn$i"
     alive "slurmd.sn$i" || slurmd -N "sn$i"
   done
   until_true 40 bash -c "! sinfo -h -N -o %T | grep -vqE '^(idle|mixed|allocated|completing)$'" ||
-    { sinfo -N -l >&2; die "the nodes do not come up; see $DIR/log"; }
-  [ "$(timeout 60 srun -N$NODES -n$NODES -t 1 hostname | wc -l)" = $NODES ] || die "a test job fails"
+    { sinfo -N -l >&2; unable "the nodes do not come up; see $DIR/log"; }
+  [ "$(timeout 60 srun -N$NODES -n$NODES -t 1 hostname | wc -l)" = $NODES ] || unable "a test job fails"
   say "$NODES nodes are up: export SLURM_CONF=$SLURM_CONF"
 }
 
@@ -156,4 +158,4 @@ stop() {
 }
 
 case $DIR in /*/*) ;; *) die "$DIR must be an absolute path, and of two parts at least" ;; esac
-case $DO in start | stop) $DO ;; *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;; esac
+case $DO in start | stop) $DO ;; *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;; esac

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kalmagrove.cli.slurm import recorded
-from tests.cluster.conftest import SMALL, kalmagrove, lines, losses, run, submit, until
+from tests.cluster.conftest import SMALL, kalmagrove, lines, losses, run, submit, sweep, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 Env = dict[str, str]
@@ -30,6 +30,15 @@ def state(folder: Path, env: Env) -> str:
 
 def begun(folder: Path, step: int) -> bool:
     return max(losses(folder), default=0) >= step
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    """What the newest checkpoint's files hold: weights, and the optimizer's states."""
+    files = sorted(max((folder / "checkpoints").iterdir()).glob("*.safetensors"))
+    found = {path.name: path.read_bytes() for path in files}
+    assert list(found) == ["model.safetensors", *(f"shard-0000{i}.safetensors" for i in range(2))]
+    # Behind the header, which tells the states of Python's and NumPy's generators, not used here.
+    return {name: raw[8 + int.from_bytes(raw[:8], "little") :] for name, raw in found.items()}
 
 
 def test_preempted_saved_queued_again_and_bit_exact(
@@ -60,6 +69,7 @@ def test_preempted_saved_queued_again_and_bit_exact(
     whole = run("srun", "-n2", "-t5", "--mem=6G", *command, cwd=tmp_path, env=slurm)
     assert whole.returncode == 0, whole.stderr
     assert losses(folder) == losses(tmp_path / "runs" / "whole")
+    assert tensors(folder) == tensors(tmp_path / "runs" / "whole"), "to the last bit"
 
     # The code and the configuration are those of the submission.
     (place,) = (tmp_path / "runs" / "jobs").iterdir()
@@ -69,6 +79,35 @@ def test_preempted_saved_queued_again_and_bit_exact(
     again = submit("name=cut", settings=words, cwd=tmp_path, env=slurm)
     assert again.returncode == 0, again.stderr
     assert "done before" in again.stdout
+
+
+def test_an_array_is_preempted_while_nobody_watches(
+    slurm: Env, settings: list[str], tmp_path: Path
+) -> None:
+    """Two runs of three at a time. Whoever submitted them is killed, then both are preempted."""
+    words = ["hydra.launcher.at_once=2", "steps=100", "launch.nproc=2"]
+    command = sweep(*words, "seed=1,2,3", "name=seed-${seed}", settings=settings)
+    runs = [tmp_path / "runs" / f"seed-{seed}" for seed in (1, 2, 3)]
+    with (tmp_path / "log").open("w") as log:
+        shell = subprocess.Popen(command, cwd=tmp_path, env=slurm, stdout=log, stderr=log)
+        until(lambda: all(begun(folder, 5) for folder in runs[:2]), "step 5")
+        shell.kill()
+        shell.wait()
+    job = ["--partition=high", "-N2", "--exclusive", "--wait", "-o", "/dev/null", "--wrap=sleep 3"]
+    assert run("sbatch", *job, cwd=tmp_path, env=slurm).returncode == 0
+    done = run(*kalmagrove("jobs", "follow", "runs", "--poll=1"), cwd=tmp_path, env=slurm)
+    assert done.returncode == 0, done.stdout + done.stderr
+    resumed = []
+    for folder in runs:
+        assert summary(folder)["status"] == "done"
+        assert set(losses(folder)) == set(range(1, 101))
+        sessions = [line for line in lines(folder) if line["event"] in ("start", "resume")]
+        assert {line["lost_steps"] for line in sessions} == {0}
+        resumed.append(len(sessions) > 1)
+    assert resumed[:2] == [True, True]
+    again = run(*command, cwd=tmp_path, env=slurm)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before") == 3
 
 
 def test_preempted_by_sigterm_before_the_first_step(

@@ -1,9 +1,6 @@
-"""What docker/ says is done here without Docker: the images' steps of installation, and the
-commands of the two containers as two nodes on this machine."""
+"""The images' steps of installation, done here without Docker."""
 
-import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -11,10 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import yaml
 
-from kalmagrove.engine.connect import free_port
-from tests.e2e.conftest import run
 from tests.kernels.stand_in import install as install_nvcc
 
 pytestmark = pytest.mark.e2e
@@ -91,39 +85,3 @@ def test_the_images_steps_install_from_nothing(source: Path, tmp_path: Path) -> 
     install(source, venv, **env)
     check_installed(venv, tmp_path)
     assert (len(list(cache.glob("*.so"))) > 5) == bool(nvcc)
-
-
-def losses(folder: Path) -> list[float]:
-    lines = map(json.loads, (folder / "ledger.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["event"] == "step"]
-
-
-def test_the_two_containers_train_as_two_processes_do(settings: list[str], tmp_path: Path) -> None:
-    services = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())["services"]
-    words = [*settings, "optim=adamw", "steps=3", "sample.prompts=[]", "schedule.warmup=0"]
-    port, nodes = str(free_port()), []
-    for service in services.values():
-        command = shlex.split(service["command"])
-        assert command[0] == "torchrun"
-        here = {"node0": "127.0.0.1", "29500": port}
-        command = [here.get(word, word) for word in command[1:]]
-        env = os.environ | service["environment"] | {"GLOO_SOCKET_IFNAME": "lo"}
-        launcher = [sys.executable, "-m", "torch.distributed.run"]
-        nodes.append(
-            subprocess.Popen(
-                [*launcher, *command, *words],
-                cwd=tmp_path,
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    said = [node.communicate(timeout=240)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
-    words += ["experiment=quickstart", "name=two-processes", "launch.nproc=2"]
-    done = run("train", *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = losses(tmp_path / "runs" / "two-containers")
-    assert len(found) == 3
-    assert found == pytest.approx(losses(tmp_path / "runs" / "two-processes"), rel=1e-6)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kalmagrove.cli import run_folder
+from kalmagrove.cli import main, run_folder
 from kalmagrove.cli.compose import compose_tree, read_yaml
 from kalmagrove.config import CheckpointError, ConfigError, DataError, load
 from kalmagrove.config.secrets import refuse_secrets
@@ -197,6 +197,30 @@ def test_secrets_are_refused_and_not_repeated(value: str, environment: dict[str,
     with pytest.raises(ConfigError, match=r"track\.tags=\(hidden\) looks like a secret") as caught:
         refuse_secrets(tree, environment)
     assert value not in str(caught.value)
+
+
+def test_a_variable_of_jobs_that_would_hold_a_secret_is_refused() -> None:
+    """It would stand in every batch script."""
+    cluster = {"slurm": {"env": {"NCCL_DEBUG": "INFO", "WANDB_API_KEY": "whatever"}}}
+    with pytest.raises(ConfigError, match=r"env\.WANDB_API_KEY=\(hidden\) looks like") as caught:
+        refuse_secrets({"cluster": cluster}, {})
+    assert "whatever" not in str(caught.value)
+    cluster["slurm"]["env"]["WANDB_API_KEY"] = ""
+    refuse_secrets({"cluster": cluster}, {})
+
+
+def test_an_error_does_not_repeat_a_secret(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its line goes to the logs of jobs, too."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+    def fail(words: object) -> int:
+        raise DataError(f"https://host/?token={TOKEN} cannot be read")
+
+    monkeypatch.setattr("kalmagrove.cli.prepare.main", fail)
+    assert main(["prepare"]) == 1
+    assert capsys.readouterr().err == "kalmagrove: https://host/?token=(hidden) cannot be read\n"
 
 
 def test_what_is_no_secret_passes() -> None:

@@ -109,25 +109,53 @@ TERMINATED = "srun: error: n1: tasks 0-1: Terminated\n"
 def test_which_ends_are_queued_again(
     srun: str, code: int, status: str | None, why: str | None, tmp_path: Path
 ) -> None:
-    here, folder = tmp_path / "bin", tmp_path / "run"
-    here.mkdir()
-    for name in ("srun", "squeue", "scontrol"):
-        (here / name).write_text(IN_A_JOB.replace("HERE", str(tmp_path)))
-        (here / name).chmod(0o755)
-    (tmp_path / "srun").write_text(srun)
-    (tmp_path / "code").write_text(str(code))
-    if status:
-        (tmp_path / "summary.json").write_text(json.dumps({"status": status}, indent=2))
-    listed = tmp_path / "one.runs"
-    listed.write_text(f"{folder}\n")
-    text = slurm.batch_script(run_of("launch.nproc=2", modules=[]), "train", listed, tmp_path)
-    env = {"PATH": f"{here}:{os.environ['PATH']}", "RUN": str(folder), "SLURM_JOB_ID": "12"}
-    env |= {"SLURM_JOB_NODELIST": "n1", "SLURM_JOB_END_TIME": "0"}
-    done = subprocess.run(["bash"], input=text, text=True, env=env, capture_output=True)
+    done = in_a_job(tmp_path, srun, code, status)
     assert done.returncode == code, done.stderr
-    log = (folder / "slurm" / "batch.log").read_text()
+    log = (tmp_path / "run" / "slurm" / "batch.log").read_text()
     again = [line.partition("is queued again: ")[2] for line in log.splitlines() if "again" in line]
     assert again == ([] if why is None else [why])
+
+
+def in_a_job(
+    place: Path, srun: str, code: int, status: str | None, number: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run the batch script of a try as Slurm does, with programs of `IN_A_JOB` that answer so."""
+    here, folder = place / "bin", place / "run"
+    here.mkdir(exist_ok=True)
+    for name in ("srun", "squeue", "scontrol"):
+        (here / name).write_text(IN_A_JOB.replace("HERE", str(place)))
+        (here / name).chmod(0o755)
+    (place / "srun").write_text(srun)
+    (place / "code").write_text(str(code))
+    if status:
+        (place / "summary.json").write_text(json.dumps({"status": status}, indent=2))
+    listed = place / "one.runs"
+    listed.write_text(f"{folder}\n")
+    run = run_of("launch.nproc=2", modules=[], restarts=8)
+    text = slurm.batch_script(run, "train", listed, place)
+    env = {"PATH": f"{here}:{os.environ['PATH']}", "RUN": str(folder), "SLURM_JOB_ID": "12"}
+    env |= {
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_END_TIME": "0",
+        "SLURM_RESTART_COUNT": f"{number}",
+    }
+    return subprocess.run(["bash"], input=text, text=True, env=env, capture_output=True)
+
+
+def test_tries_that_get_nowhere_end(tmp_path: Path) -> None:
+    """Three in a row that save nothing new; or one more than `cluster.slurm.restarts`."""
+    checkpoints, log = tmp_path / "run" / "checkpoints", tmp_path / "run" / "slurm" / "batch.log"
+    for number in range(6):
+        done = in_a_job(tmp_path, "", 143, "stopped", number)
+        assert done.returncode == (1 if number == 5 else 143), number
+        if number == 1:
+            (checkpoints / "step-000004").mkdir(parents=True)
+    assert log.read_text().splitlines()[-1].endswith("gives up: 3 tries in a row saved nothing new")
+    (checkpoints / "step-000008").mkdir()
+    assert in_a_job(tmp_path, "", 143, "stopped", 8).returncode == 143
+    (checkpoints / "step-000010").mkdir()
+    assert in_a_job(tmp_path, "", 143, "stopped", 9).returncode == 1
+    assert log.read_text().splitlines()[-1].endswith("gives up: it was queued again 8 times")
 
 
 STAND_IN = """#!/bin/sh
