@@ -99,6 +99,7 @@ class Checkpoint(Section):
 
     every: PositiveInt = 100
     keep: PositiveInt = 2
+    background: bool = False  # written while training goes on, from a copy in the host's memory
     resume: str = "auto"  # auto | never | a checkpoint's or run's folder
 
 

@@ -13,8 +13,9 @@ that all ranks see, and holds
 
 import logging
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,7 +49,7 @@ from kalmagrove.engine.room import checkpoint_bytes, need_room
 from kalmagrove.engine.tensor_files import FileWriter, Stored, TensorReader
 from kalmagrove.engine.tensor_index import Index, coverage_faults, merge, to_json
 from kalmagrove.engine.weights import whole_weights
-from kalmagrove.parallel import all_gather_object, barrier, broadcast_object
+from kalmagrove.parallel import all_gather_object, any_rank, barrier, broadcast_object
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class State:
     saved: int | None = None  # step of the newest checkpoint
     unsaved: int = 0  # saves that failed since
     resumed: Path | None = None  # the checkpoint the run went on from
+    saving: "Saving | None" = None  # the save under way, in the background
 
     @property
     def newest(self) -> Path | None:
@@ -88,40 +90,116 @@ def save(engine: Engine, batches: Stateful, meters: Stateful, state: State) -> t
         CheckpointError: there is no room, or a rank could not write; the unfinished folder is
             removed, and older ones are as they were.
     """
-    begun = time.perf_counter()
-    engine.progress.at("checkpoint")
-    if not engine.weights_are_finite():
-        raise NonFiniteError(
-            f"the weights at step {state.step} are not finite and are not saved; "
-            f"the last good checkpoint is {state.newest or 'none'}; try a lower optim.lr"
-        )
-    final = step_folder(state.folder, state.step)
-    partial = final.with_name(final.name + ".tmp")
-    error = _write(engine, batches, meters, state, partial)
-    reasons = all_gather_object(str(error) if error else None, engine.groups.world)
-    if not any(reasons):
-        problem = _publish(partial, final) if engine.groups.is_main else None
-        reasons = [broadcast_object(problem, engine.groups.world)]
-    if any(reasons):
-        if engine.groups.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        barrier(engine.groups.world)
-        rank, reason = next((rank, r) for rank, r in enumerate(reasons) if r)
-        reason = f"on rank {rank}: {reason}" if rank else reason
-        raise CheckpointError(
-            f"checkpoint {final} could not be written: {reason}; "
-            f"the last good checkpoint is {state.newest or 'none'}; free space on that disk, or "
-            "check that it can be written"
-        )
-    if engine.groups.is_main:
+    return Saving(engine, batches, meters, state, background=False).finish(state)
+
+
+class Saving:
+    """The checkpoint of one step, from what is to be written to its name. Collective, as `save`.
+
+    In the background what a rank writes is copied to the host's memory, and a thread writes it
+    while training goes on; everything that ranks agree on is left to `finish`.
+
+    Raises:
+        NonFiniteError: as `save`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        batches: Stateful,
+        meters: Stateful,
+        state: State,
+        *,
+        background: bool,
+    ) -> None:
+        self.step, self._engine, self._begun = state.step, engine, time.perf_counter()
+        engine.progress.at("checkpoint")
+        if not engine.weights_are_finite():
+            raise NonFiniteError(
+                f"the weights at step {state.step} are not finite and are not saved; "
+                f"the last good checkpoint is {state.newest or 'none'}; try a lower optim.lr"
+            )
+        self._final = step_folder(state.folder, state.step)
+        self._partial = self._final.with_name(self._final.name + ".tmp")
+        self._files = FileWriter(self._partial)
+        _make_room(engine, self._files)
+        parts, self._index = _collect(engine)
+        self._thread: threading.Thread | None = None
+        if background:
+            self._files.attempt(lambda: _copy(parts))
+            self._thread = threading.Thread(
+                target=self._write, args=(parts,), name="checkpoint", daemon=True
+            )
+            self._thread.start()
+        else:
+            for part in parts:
+                engine.progress.at("checkpoint")
+                self._files.tensors(*part)
+        self._tree = {
+            **_describe(engine),
+            "step": state.step,
+            "tokens": state.tokens,
+            "nonfinite_total": engine.nonfinite_total,
+            "nonfinite_in_row": engine.nonfinite_in_row,
+            "batches": batches.state_dict(),
+            "meters": meters.state_dict(),
+        }
+
+    def _write(self, parts: "list[Written]") -> None:
         try:
-            remove_unfinished(state.folder)
-            rotate(state.folder, engine.run.checkpoint.keep)
-        except OSError as problem:
-            log.warning("old checkpoints in %s could not be removed: %s", state.folder, problem)
-    barrier(engine.groups.world)
-    state.saved, state.unsaved = state.step, 0
-    return final, time.perf_counter() - begun
+            for part in parts:
+                self._files.tensors(*part)
+        except Exception as error:  # nobody else would hear of it
+            self._files.error = error
+
+    def done(self) -> bool:
+        """Whether every rank has written its files. Collective."""
+        writing = self._thread is not None and self._thread.is_alive()
+        return not any_rank(writing, self._engine.groups.world, self._engine.groups.device)
+
+    def finish(self, state: State) -> tuple[Path, float]:
+        """Wait for the files, give the checkpoint its name and remove old ones; see `save`."""
+        engine, main, world = self._engine, self._engine.groups.is_main, self._engine.groups.world
+        engine.progress.at("checkpoint")
+        if self._thread is not None:
+            self._thread.join()
+        self._vouch()
+        error = self._files.error
+        reasons = all_gather_object(str(error) if error else None, world)
+        if not any(reasons):
+            problem = _publish(self._partial, self._final) if main else None
+            reasons = [broadcast_object(problem, world)]
+        if any(reasons):
+            if main:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            barrier(world)
+            rank, reason = next((rank, r) for rank, r in enumerate(reasons) if r)
+            reason = f"on rank {rank}: {reason}" if rank else reason
+            raise CheckpointError(
+                f"checkpoint {self._final} could not be written: {reason}; "
+                f"the last good checkpoint is {state.newest or 'none'}; free space on that disk, "
+                "or check that it can be written"
+            )
+        if main:
+            try:
+                remove_unfinished(state.folder)
+                rotate(state.folder, engine.run.checkpoint.keep)
+            except OSError as problem:
+                log.warning("old checkpoints in %s could not be removed: %s", state.folder, problem)
+        barrier(world)
+        state.saved, state.unsaved = self.step, 0
+        return self._final, time.perf_counter() - self._begun
+
+    def _vouch(self) -> None:
+        """Write what all ranks have written, and `state.json` last."""
+        files = self._files
+        reports = all_gather_object((files.written, self._index), self._engine.groups.world)
+        if not self._engine.groups.is_main:
+            return
+        files.attempt(lambda: _write_index(files, [index for _, index in reports]))
+        entries = {**files.written, **{k: v for part, _ in reports for k, v in part.items()}}
+        files.attempt(lambda: write_state(self._partial, {**self._tree, "files": entries}))
+        files.attempt(lambda: sync(self._partial))
 
 
 def _publish(partial: Path, final: Path) -> str | None:
@@ -136,43 +214,45 @@ def _publish(partial: Path, final: Path) -> str | None:
     return None
 
 
-def _write(
-    engine: Engine, batches: Stateful, meters: Stateful, state: State, folder: Path
-) -> Exception | None:
-    """Write this rank's files into `folder`. All ranks pass every collective, whatever fails."""
-    world, main = engine.groups.world, engine.groups.is_main
-    files, needed = FileWriter(folder), checkpoint_bytes(engine)
-    if main:
+def _make_room(engine: Engine, files: FileWriter) -> None:
+    """An empty folder on a disk that holds the checkpoint. All ranks pass every collective."""
+    folder, needed = files.folder, checkpoint_bytes(engine)
+    if engine.groups.is_main:
         files.attempt(lambda: folder.parent.mkdir(parents=True, exist_ok=True))
         shutil.rmtree(folder, ignore_errors=True)
         files.attempt(lambda: need_room(folder.parent, needed))
         files.attempt(folder.mkdir)
-    barrier(world)
-    file = shard_file(world.rank)
+    barrier(engine.groups.world)
+
+
+# A file's name, its tensors, and metadata of its header.
+Written = tuple[str, dict[str, Stored], Mapping[str, str]]
+
+
+def _collect(engine: Engine) -> tuple[list[Written], Index]:
+    """The files of this rank, as they are now on the device; and its contribution to the index."""
+    file = shard_file(engine.groups.world.rank)
     tensors, index = collect(engine, file)
     own, metadata = rank_state(engine)
-    files.tensors(file, tensors | own, metadata)
+    parts: list[Written] = [(file, tensors | own, metadata)]
     engine.progress.at("checkpoint")
     weights = whole_weights(engine)
-    engine.progress.at("checkpoint")
-    if main:
-        files.tensors(WEIGHTS_FILE, {name: Stored.of(tensor) for name, tensor in weights.items()})
-    reports = all_gather_object((files.written, index), world)
-    tree = {
-        **_describe(engine),
-        "step": state.step,
-        "tokens": state.tokens,
-        "nonfinite_total": engine.nonfinite_total,
-        "nonfinite_in_row": engine.nonfinite_in_row,
-        "batches": batches.state_dict(),
-        "meters": meters.state_dict(),
-    }
-    if main:
-        files.attempt(lambda: _write_index(files, [index for _, index in reports]))
-        entries = {**files.written, **{k: v for part, _ in reports for k, v in part.items()}}
-        files.attempt(lambda: write_state(folder, {**tree, "files": entries}))
-        files.attempt(lambda: sync(folder))
-    return files.error
+    if engine.groups.is_main:
+        whole = {name: Stored.of(tensor) for name, tensor in weights.items()}
+        parts.append((WEIGHTS_FILE, whole, {}))
+    return parts, index
+
+
+def _copy(parts: list[Written]) -> None:
+    """Put what is still on the device, or is the training's own, into the host's memory."""
+    try:
+        for _, tensors, _ in parts:
+            for name, stored in tensors.items():
+                tensors[name] = Stored.of(stored.read().detach().to("cpu", copy=True))
+    except (RuntimeError, MemoryError) as error:
+        raise CheckpointError(
+            f"the host's memory does not hold a copy ({error}); use checkpoint.background=false"
+        ) from None
 
 
 def _write_index(files: FileWriter, indices: list[Index]) -> None:

@@ -4,6 +4,7 @@ Called last by the training command, with everything built. It knows no data for
 no price: batches are iterated, meters are told.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from kalmagrove.config import (
     RankLost,
     Training,
 )
-from kalmagrove.engine.checkpoint import State, save
+from kalmagrove.engine.checkpoint import Saving, State, save
 from kalmagrove.engine.engine import Batch, Engine
 from kalmagrove.engine.profile import StepProfiler
 from kalmagrove.engine.refit import refit_grids
@@ -57,7 +58,11 @@ class Observer(Protocol):
 
     def evaluated(self, step: int, tokens: int, nats: float, val_tokens: int) -> None: ...
 
-    def checkpointed(self, step: int, tokens: int, path: Path, seconds: float) -> None: ...
+    def saving(self, step: int, tokens: int) -> None: ...
+
+    def checkpointed(
+        self, step: int, tokens: int, path: Path, seconds: float, saved: int | None = None
+    ) -> None: ...
 
     def unsaved(self, step: int, tokens: int, reason: str) -> None: ...
 
@@ -124,6 +129,9 @@ def fit(
             with watchdog:
                 val_nats = _train(engine, batches, val_batches, meters, state, run, stop, profiler)
         except BaseException as error:
+            if getattr(error, "collective", False):
+                with contextlib.suppress(CheckpointError):
+                    _settle(engine, meters, state)
             lost = _rank_lost(engine, state, error)
             _close(engine, meters, state, lost or error)
             if lost is not None:
@@ -187,6 +195,8 @@ def _train(
         last, val_nats = state.step == run.steps, None
         if last or state.step % run.eval.every == 0:
             val_nats = _evaluate(engine, val_batches, meters, state)
+        if state.saving is not None and state.saving.done():
+            _settle(engine, meters, state)
         if last or state.step % run.checkpoint.every == 0:
             _save(engine, batches, meters, state, must=last)
         if not last:
@@ -309,17 +319,45 @@ def mean_nats(
 
 def _save(engine: Engine, batches: Batches, meters: Observer, state: State, *, must: bool) -> None:
     """Save. A failure is noted and made good by the next save; two in a row end the run, as does
-    one of a save that `must` be: work that cannot be saved is not worth its price.
+    one of a save that `must` be: work that cannot be saved is not worth its price. Such a one is
+    not left to the background.
     """
+    _settle(engine, meters, state)
+    if state.saved == state.step:
+        return
     meters.pause()
     try:
+        if engine.run.checkpoint.background and not must:
+            state.saving = Saving(engine, batches, meters, state, background=True)
+            meters.saving(state.step, state.tokens)
+            return
         path, seconds = save(engine, batches, meters, state)
     except CheckpointError as error:
-        if must or state.unsaved:
-            raise
-        state.unsaved += 1
-        if engine.groups.is_main:
-            log.error("%s. Training goes on; if the next save fails too, the run ends", error)
-        meters.unsaved(state.step, state.tokens, str(error))
+        _unsaved(engine, meters, state, error, must)
         return
     meters.checkpointed(state.step, state.tokens, path, seconds)
+
+
+def _settle(engine: Engine, meters: Observer, state: State) -> None:
+    """Conclude the save under way in the background, if there is one: wait for it."""
+    saving, state.saving = state.saving, None
+    if saving is None:
+        return
+    meters.pause()
+    try:
+        path, seconds = saving.finish(state)
+    except CheckpointError as error:
+        _unsaved(engine, meters, state, error, must=False)
+        return
+    meters.checkpointed(state.step, state.tokens, path, seconds, saving.step)
+
+
+def _unsaved(
+    engine: Engine, meters: Observer, state: State, error: CheckpointError, must: bool
+) -> None:
+    if must or state.unsaved:
+        raise error
+    state.unsaved += 1
+    if engine.groups.is_main:
+        log.error("%s. Training goes on; if the next save fails too, the run ends", error)
+    meters.unsaved(state.step, state.tokens, str(error))

@@ -131,14 +131,30 @@ class Meters:
             seconds=round(seconds, 3),
         )
 
-    def checkpointed(self, step: int, tokens: int, path: Path, seconds: float) -> None:
-        """Note a saved checkpoint. Closes the averages: a resumed run's lines will be the same."""
-        self._pace.checkpoint = self._end_pause("checkpoint")
-        if self._main:
-            self._bill.look_at_storage()
+    def saving(self, step: int, tokens: int) -> None:
+        """A checkpoint is begun, and written while training goes on. Closes the averages."""
+        self._end_pause("checkpoint")
         if self._window.steps:
             self._flush()
+
+    def checkpointed(
+        self, step: int, tokens: int, path: Path, seconds: float, saved: int | None = None
+    ) -> None:
+        """Note a saved checkpoint. Closes the averages: a resumed run's lines will be the same.
+
+        Args:
+            saved: the step of a checkpoint that was written in the background, in `seconds`; its
+                `saving` has closed the averages. None: this step, and all waited for it.
+        """
+        waited = self._end_pause("checkpoint")
+        self._pace.checkpoint = waited if saved is None else seconds
+        if self._main:
+            self._bill.look_at_storage()
+        if self._window.steps and saved is None:
+            self._flush()
         facts: dict[str, Any] = {"path": self._place(path), "seconds": round(seconds, 3)}
+        if saved is not None:
+            facts["saved"] = saved
         if self._shares:
             facts["shares"] = self._shares
         self._note("checkpoint", step, tokens, **facts)

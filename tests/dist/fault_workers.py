@@ -1,11 +1,13 @@
 """What the processes of `test_faults_io` run: disks, files and numbers that fail on purpose."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -283,6 +285,69 @@ def slow_disk(groups: Groups, folder: str) -> dict[str, Any]:
     return {**found, "left": names(run_dir)}
 
 
+def background(groups: Groups, folder: str) -> dict[str, Any]:
+    """A thread's files are not on the disk before the next step has begun, on the last rank; then
+    the disk fails it once; then a kill comes while they are written.
+    """
+    place, late = Path(folder), groups.world.rank == groups.world.size - 1
+    run = toy_run(**{**SIX, "checkpoint": {"every": 2, "keep": 3}})
+    behind = {**SIX, "checkpoint": {"every": 2, "keep": 3, "background": True}}
+    plain, whole, broken, again = (Recorder(groups) for _ in range(4))
+    attempt(groups, run, place / "plain", meters=plain)
+    with late_writes(late) as begun:
+        found = attempt(groups, toy_run(**behind), place / "behind", begun, whole)
+        told = attempt(groups, toy_run(**{**behind, "track": LOUD}), place / "told", begun)
+    with late_writes(late, fails=True) as begun:
+        failed = attempt(groups, toy_run(**behind), place / "broken", begun, broken)
+    if groups.is_main:
+        newest = place / "behind" / "checkpoints" / "step-000006"
+        newest.rename(newest.with_suffix(".tmp"))  # where a kill leaves it
+    barrier(groups.world)
+    killed = attempt(groups, toy_run(**behind), place / "behind", meters=again)
+    result: dict[str, Any] = {
+        "found": found,
+        "told": told,
+        "failed": failed,
+        "killed": killed,
+        "same": whole.steps == plain.steps,
+        "goes on": {step: again.steps[step] == plain.steps[step] for step in again.steps},
+        "events": whole.events,
+        "broken": broken.events,
+        "left": names(place / "behind"),
+        "left broken": names(place / "broken"),
+        "whole": [verify(path) for path in (place / "broken" / "checkpoints").iterdir()],
+    }
+    if groups.is_main:
+        ledger = place / "told" / "ledger.jsonl"
+        lines = read_history(ledger).series("checkpoint")
+        result["ledger"] = ledger_faults(ledger)
+        result["lines"] = [[line["step"], line.get("saved")] for line in lines]
+    return result
+
+
+@contextlib.contextmanager
+def late_writes(here: bool, fails: bool = False) -> Iterator[Callable[[int], None]]:
+    """Threads write nothing before a step has begun since, of which what is yielded is told."""
+    write, steps, failing = ChecksumFile.write, [0], [fails]
+
+    def late(self: ChecksumFile, data: Any) -> None:
+        if here and threading.current_thread().name == "checkpoint":
+            end, now = time.monotonic() + 60, steps[0]
+            while steps[0] == now and not self.size:
+                assert time.monotonic() < end, "training does not go on"
+                time.sleep(0.001)
+            if failing.pop() if failing else False:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, data)
+
+    def begun(step: int) -> None:
+        steps[0] += 1
+
+    ChecksumFile.write = late  # type: ignore[method-assign]
+    yield begun
+    ChecksumFile.write = write  # type: ignore[method-assign]
+
+
 @contextlib.contextmanager
 def slow_writes(here: bool) -> Iterator[None]:
     write = ChecksumFile.write
@@ -305,6 +370,7 @@ WORKERS: dict[str, Any] = {
     "nan": nan,
     "sizes": sizes,
     "slow_disk": slow_disk,
+    "background": background,
 }
 
 if __name__ == "__main__":

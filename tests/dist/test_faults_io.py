@@ -54,7 +54,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What needs no disk of its own."""
     folder = tmp_path_factory.mktemp("faults-files")
     jobs: dict[str, dict[str, Any]] = {
-        name: {"folder": str(folder / name)} for name in ("damage", "nan", "slow_disk", "sizes")
+        name: {"folder": str(folder / name)}
+        for name in ("damage", "nan", "slow_disk", "background", "sizes")
     }
     jobs["sizes"]["variants"] = variants()
     found: dict[str, Any] = run_ranks("several", 2, module=MODULE, jobs=jobs)
@@ -119,6 +120,40 @@ def test_a_slow_disk_is_waited_for_and_booked(results: dict[str, Any]) -> None:
     assert result["ledger"] == []
     assert result["whole"] == [[], []]
     assert result["left"] == ["step-000004", "step-000006"]
+
+
+def test_training_goes_on_while_a_slow_disk_is_written_to(results: dict[str, Any]) -> None:
+    result = results["background"]
+    assert (result["found"]["said"], result["found"]["ended"]) == ("done", 6)
+    assert result["same"], "steps do not see the saves"
+    saves = [event for event in result["events"] if event[0] in ("saving", "checkpointed")]
+    assert [event for event in saves if event[0] == "saving"] == [["saving", 2], ["saving", 4]]
+    (first, two), (second, four), (last, six) = [e[1:] for e in saves if e[0] == "checkpointed"]
+    assert [two, four, six] == ["step-000002", "step-000004", "step-000006"]
+    assert 2 < first <= 4
+    assert 4 < second <= 6
+    assert last == 6
+
+    assert result["told"]["said"] == "done"
+    assert result["ledger"] == []
+    assert [saved for _, saved in result["lines"]] == [2, 4, None]
+    assert all(step > saved for step, saved in result["lines"][:2])
+
+
+def test_a_save_in_the_background_may_fail_or_be_killed(results: dict[str, Any]) -> None:
+    result = results["background"]
+    assert result["failed"]["said"] == "done"
+    [line] = result["failed"]["heard"]
+    assert "step-000002 could not be written: on rank 1: [Errno 28] No space left" in line
+    assert line.endswith("Training goes on; if the next save fails too, the run ends")
+    [unsaved] = [event for event in result["broken"] if event[0] == "unsaved"]
+    assert unsaved[1] > 2
+    assert result["left broken"] == ["step-000004", "step-000006"]
+    assert result["whole"] == [[], []]
+
+    assert (result["killed"]["began"], result["killed"]["said"]) == (4, "done")
+    assert result["goes on"] == {"5": True, "6": True}
+    assert result["left"] == ["step-000002", "step-000004", "step-000006"]
 
 
 def test_a_full_disk_costs_a_save_and_no_checkpoint(disks: dict[str, Any]) -> None:

@@ -23,6 +23,14 @@ def test_a_rank_is_killed(place: Place, phase: str) -> None:
     place.as_if_nothing_happened(phase)
 
 
+def test_a_rank_is_killed_while_it_saves_in_the_background(place: Place) -> None:
+    words = ("launch.max_restarts=1", "checkpoint.background=true")
+    done = place.train("behind", Fault("kill", "save", step=4), words=words)
+    assert done.returncode == 0, done.stderr
+    assert "starts again from step 0 in 1 s (restart 1 of 1)" in done.stderr
+    place.as_if_nothing_happened("behind")
+
+
 def test_without_supervision_the_same_command_continues(place: Place) -> None:
     fault = Fault("kill", "forward", step=6)
     done = place.train("alone", fault)

@@ -202,7 +202,12 @@ class Recorder:
     def evaluated(self, step: int, tokens: int, nats: float, val_tokens: int) -> None:
         self.events.append(["evaluated", step, nats])
 
-    def checkpointed(self, step: int, tokens: int, path: Any, seconds: float) -> None:
+    def saving(self, step: int, tokens: int) -> None:
+        self.events.append(["saving", step])
+
+    def checkpointed(
+        self, step: int, tokens: int, path: Any, seconds: float, saved: int | None = None
+    ) -> None:
         self.events.append(["checkpointed", step, path.name])
 
     def unsaved(self, step: int, tokens: int, reason: str) -> None:

@@ -40,11 +40,16 @@ class Injector:
         self.faults = faults
         self.step = 0
 
-    def at(self, phase: str, before: Callable[[], object] = lambda: None) -> None:
-        """Do what is due in this phase. before: what is done first, if so."""
+    def at(
+        self, phase: str, before: Callable[[], object] = lambda: None, step: int | None = None
+    ) -> None:
+        """Do what is due in this phase of a step, by default the one that is trained. before: what
+        is done first, if so.
+        """
+        now = (self.step if step is None else step, phase)
         for fault in self.faults:
             done = Path(fault["done"])
-            if (fault["step"], fault["phase"]) == (self.step, phase) and not done.exists():
+            if (fault["step"], fault["phase"]) == now and not done.exists():
                 done.touch()
                 before()
                 DEEDS[fault["do"]]()
@@ -79,8 +84,8 @@ def patch_files(module: ModuleType, injector: Injector) -> None:
 
     def patched(self: Any, name: str, *rest: Any) -> None:
         tensors(self, name, *rest)
-        path = self.folder / name
-        injector.at("save", lambda: os.truncate(path, path.stat().st_size // 2))
+        path, step = self.folder / name, int(self.folder.name[len("step-") :][:6])
+        injector.at("save", lambda: os.truncate(path, path.stat().st_size // 2), step)
 
     module.FileWriter.tensors = patched
 
