@@ -101,6 +101,8 @@ def initialize(
     zero = engine.optimizer
     if hasattr(zero, "has_overflow_partitioned_grads_serial") and hasattr(zero, "bit16_groups"):
         zero.has_overflow_partitioned_grads_serial = lambda: _not_finite(zero)
+    if hasattr(zero, "update_hp_grads"):
+        zero.update_hp_grads = lambda clear_lp_grads=False: _add_gradients(zero)
     return engine
 
 
@@ -116,6 +118,27 @@ def _not_finite(zero: Any) -> Tensor:
         return torch.zeros(1, dtype=torch.bool, device=zero.device)
     largest = torch.stack(torch._foreach_norm(held, torch.inf))  # NaN stays NaN
     return largest.isfinite().all().logical_not().reshape(1)
+
+
+@torch.no_grad()
+def _add_gradients(zero: Any) -> None:
+    """Add the gradients of a pass to the fp32 sums of ZeRO 1 in bf16, and let go of them.
+
+    DeepSpeed goes through the parameters in Python, with two kernels for each, and keeps the
+    gradients, zeroed, for the next pass to add to: one kernel more. The sums are bit for bit the
+    same, as fp32 holds every bf16 number.
+    """
+    for group, sums, found in zip(
+        zero.bf16_groups,
+        zero.fp32_groups_gradients,
+        zero.fp32_groups_has_gradients,
+        strict=True,
+    ):
+        held = [i for i, parameter in enumerate(group) if parameter.grad is not None]
+        if held:
+            torch._foreach_add_([sums[i] for i in held], [group[i].grad.view(-1) for i in held])
+        for i in held:
+            group[i]._hp_grad, group[i].grad, found[i] = sums[i], None, True
 
 
 def expert_group_name(groups: Groups) -> str:

@@ -85,9 +85,10 @@ class MoEFFN(Balanced):
         own_BTD = self.tp.tokens(x_BTD)
         x_ND = own_BTD.flatten(0, -2)
         index_NK, gate_NK, aux_loss = self.route(x_ND)
-        plan = preprocess(index_NK, self.config.experts, self.ep, self.traffic)
+        dropless = self.config.capacity is None
+        plan = preprocess(index_NK, self.config.experts, self.ep, self.traffic, dropless=dropless)
         rows = communicate(x_ND, gate_NK, plan)
-        y_SD = self.run_experts(rows.x_SD, plan.rows)
+        y_SD = self.run_experts(rows.x_SD, plan.read_rows())
         y_BTD = self.tp.stream_of(postprocess(y_SD, rows, plan).view_as(own_BTD))
         if shared is not None:
             y_BTD = y_BTD + shared.join()
@@ -101,7 +102,7 @@ class MoEFFN(Balanced):
         x_ND = wide(x_ND)
         logit_NE = F.linear(x_ND, self.tp.shared(self.router).to(x_ND.dtype))
         affinity_NE = torch.sigmoid(logit_NE)
-        index_NK, self.metrics = self.choose(affinity_NE.detach(), self.config.top_k)
+        index_NK = self.choose(affinity_NE.detach(), self.config.top_k)
         chosen_NK = affinity_NE.gather(1, index_NK)
         gate_NK = self.config.scale * chosen_NK / (chosen_NK.sum(1, keepdim=True) + 1e-20)
         index_NK = self.limit(index_NK, gate_NK, self.config.capacity)

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from kalmagrove.nn.common import wide
 from kalmagrove.nn.precision import Fp32Buffers
-from kalmagrove.parallel import Groups, Shard, TensorParallel, Traffic, all_reduce_sum, reduce
+from kalmagrove.parallel import (
+    Groups,
+    Shard,
+    TensorParallel,
+    Traffic,
+    all_reduce_sum,
+    count_parts,
+    reduce,
+)
 from kalmagrove_kernels.edge.reference import largest
 
 
@@ -39,7 +47,26 @@ class Balanced(Fp32Buffers):
         self.traffic = Traffic()
         self.register_buffer("bias", torch.zeros(parts))
         self.register_buffer("load", torch.zeros(parts))
-        self.metrics: dict[str, Tensor] = {}
+        self.count_G: Tensor | None = None  # choices of each part in the last forward pass
+        self.dropped_S: Tensor | None = None  # which of them were beyond a capacity
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Of the last forward pass, worked out when asked for: once a step, not a micro-batch.
+
+        `load` [G], the share of the choices; `load_max`, the largest share over the mean;
+        `load_cv`, standard deviation over the mean; with a capacity `dropped`, the share of the
+        choices that were.
+        """
+        found = {}
+        if self.count_G is not None:
+            load_G = self.count_G / self.count_G.sum().clamp(min=1)
+            mean = 1 / len(load_G)
+            spread = load_G.std(correction=0) / mean
+            found = {"load": load_G, "load_max": load_G.amax() / mean, "load_cv": spread}
+        if self.dropped_S is not None:
+            found["dropped"] = self.dropped_S.float().mean()
+        return found
 
     @property
     def overlaps(self) -> bool:
@@ -48,27 +75,21 @@ class Balanced(Fp32Buffers):
         Not where it has collectives of its own (tensor parallelism, weights that ZeRO 3 gathers):
         two communicators at once may wait for each other.
         """
-        divided = any(hasattr(p, "ds_id") for p in self.parameters())
-        return self.ep.size > 1 and self.tp.group.size == 1 and not divided
+        if self.ep.size == 1 or self.tp.group.size > 1:
+            return False
+        return not any(hasattr(p, "ds_id") for p in self.parameters())
 
     @torch.no_grad()
-    def choose(self, score_NG: Tensor, chosen: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Indices [N, K] of the largest score + bias, and how even the choice was.
-
-        Equal sums go to the lower index. Metrics: `load` [G], the share of the choices; `load_max`,
-        the largest share over the mean; `load_cv`, standard deviation over the mean.
-        """
+    def choose(self, score_NG: Tensor, chosen: int) -> Tensor:
+        """Indices [N, K] of the largest score + bias. Equal sums go to the lower index."""
         biased_NG = score_NG.float() + self.bias
         # The order is what counts: shifted, every entry is a non-negative number for `largest`.
         biased_NG = biased_NG - biased_NG.amin(1, keepdim=True)
         index_NK = largest(biased_NG, chosen)
-        count_G = torch.bincount(index_NK.flatten(), minlength=len(self.bias)).float()
+        self.count_G = count_parts(index_NK, len(self.bias))
         if self.training:
-            self.load += count_G
-        load_G = count_G / count_G.sum().clamp(min=1)
-        mean = 1 / len(load_G)
-        spread = load_G.std(correction=0) / mean
-        return index_NK, {"load": load_G, "load_max": load_G.amax() / mean, "load_cv": spread}
+            self.load += self.count_G
+        return index_NK
 
     @torch.no_grad()
     def limit(self, index_NK: Tensor, gate_NK: Tensor, capacity: float | None) -> Tensor:
@@ -76,21 +97,21 @@ class Balanced(Fp32Buffers):
 
         A part takes at most ceil(capacity * N * K / G) of this rank's choices, those of the largest
         gates; of equal gates, the earlier token. So what is dropped depends on the layout, as the
-        N tokens are those of one rank. Metric: `dropped`, the share of the choices.
+        N tokens are those of one rank.
         """
+        self.dropped_S = None
         if capacity is None:
             return index_NK
         parts = len(self.bias)
         index_S = index_NK.flatten()
         order_S = gate_NK.flatten().argsort(descending=True, stable=True)
         order_S = order_S[index_S[order_S].argsort(stable=True)]  # by part, then by gate
-        count_G = torch.bincount(index_S, minlength=parts)
+        count_G = count_parts(index_NK, parts)
         start_G = count_G.cumsum(0) - count_G
         place_S = torch.arange(len(index_S), device=index_S.device) - start_G[index_S[order_S]]
         beyond_S = place_S >= math.ceil(capacity * len(index_S) / parts)
-        dropped_S = torch.empty_like(beyond_S).scatter(0, order_S, beyond_S)
-        self.metrics["dropped"] = dropped_S.float().mean()
-        return index_S.masked_fill(dropped_S, parts).view_as(index_NK)
+        self.dropped_S = torch.empty_like(beyond_S).scatter_(0, order_S, beyond_S)
+        return index_S.masked_fill(self.dropped_S, parts).view_as(index_NK)
 
     def z_loss(self, logit_NG: Tensor, weight: float) -> Tensor:
         """weight * mean square of the router's logits over the tokens of all tp ranks, fp32.
@@ -99,8 +120,8 @@ class Balanced(Fp32Buffers):
         squares the log-sum-exp, what its softmax normalises by; a sigmoid has a normaliser of its
         own for each logit, so each logit is squared.
         """
-        own = weight * wide(logit_NG).square().mean()
-        return reduce(own / self.tp.group.size, self.tp.group).float()
+        own = weight / self.tp.group.size * wide(logit_NG).square().mean()
+        return reduce(own, self.tp.group).float()
 
     @torch.no_grad()
     def balance(self, groups: Groups) -> None:

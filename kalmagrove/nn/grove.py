@@ -24,7 +24,16 @@ from kalmagrove.nn.kan import (
     project,
     routed_by,
 )
-from kalmagrove.parallel import Groups, communicate, normal_, parameter, postprocess, preprocess
+from kalmagrove.parallel import (
+    Groups,
+    Plan,
+    Rows,
+    communicate,
+    normal_,
+    parameter,
+    postprocess,
+    preprocess,
+)
 from kalmagrove_kernels.projection import grouped_linear
 
 
@@ -53,6 +62,17 @@ class GroveLayer(Balanced):
         self.v = parameter(*projection, kind="matrix", shard=own)
         self.u = parameter(*projection, kind="matrix", shard=own)
         self.shared = KANLayer(d_model, body, groups, backend) if config.shared else None
+        self.gate_NK: Tensor | None = None  # of the last forward pass, as what follows
+        self.uses: list[EdgeUse] = []
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """As `Balanced.metrics`, with mean and deviation of the gates, and as `EdgeUse.metrics`."""
+        found = super().metrics
+        if self.gate_NK is not None:
+            found["gate_mean"] = self.gate_NK.mean().float()
+            found["gate_std"] = self.gate_NK.std(correction=0).float()
+        return found | (add_up(self.uses).metrics if self.uses else {})
 
     @torch.no_grad()
     def init_weights(self, std: float, out_std: float) -> None:
@@ -77,15 +97,15 @@ class GroveLayer(Balanced):
         own_BTD = self.tp.tokens(x_BTD)
         x_ND = own_BTD.flatten(0, -2)
         index_NK, gate_NK, aux_loss = self.route(x_ND)
-        plan = preprocess(index_NK, self.config.groves, self.ep, self.traffic)
+        dropless = self.config.capacity is None
+        plan = preprocess(index_NK, self.config.groves, self.ep, self.traffic, dropless=dropless)
         rows = communicate(x_ND, gate_NK, plan)
-        y_SD, uses = self.run_groves(rows.x_SD, plan.rows)
+        y_SD, self.uses = self.run_groves(rows, plan)
         y_BTD = self.tp.stream_of(postprocess(y_SD, rows, plan).view_as(own_BTD))
         if self.shared is not None and shared is not None:
             y_BTD = y_BTD + shared.join()
             assert self.shared.use is not None
-            uses = [*uses, self.shared.use]
-        self.metrics |= add_up(uses).metrics
+            self.uses.append(self.shared.use)
         return FFNOutput(y_BTD, aux_loss)
 
     def route(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,25 +120,23 @@ class GroveLayer(Balanced):
         seen_NGE = F.linear(x_ND, manifold_GED.flatten(0, 1)).unflatten(1, manifold_GED.shape[:2])
         score_NG = torch.linalg.vector_norm(seen_NGE, dim=-1)
         logit_NG = F.linear(x_ND, gate_GD, bias_G)
-        index_NK, self.metrics = self.choose(score_NG.detach(), self.config.top_g)
-        gate_NK = torch.sigmoid(logit_NG.gather(1, index_NK)) * score_NG.gather(1, index_NK)
-        with torch.no_grad():
-            self.metrics["gate_mean"] = gate_NK.mean().float()
-            self.metrics["gate_std"] = gate_NK.std(correction=0).float()
+        index_NK = self.choose(score_NG.detach(), self.config.top_g)
+        gate_NK = (torch.sigmoid(logit_NG) * score_NG).gather(1, index_NK)
+        self.gate_NK = gate_NK.detach()
         index_NK = self.limit(index_NK, gate_NK, self.config.capacity)
         if not self.config.z_loss:
             return index_NK, gate_NK, no_aux_loss(x_ND)
         return index_NK, gate_NK, self.z_loss(logit_NG, self.config.z_loss)
 
-    def run_groves(self, x_SD: Tensor, rows: list[int]) -> tuple[Tensor, list[EdgeUse]]:
-        """Every grove of this rank on its own tokens; x is sorted by grove, each has `rows`.
+    def run_groves(self, rows: Rows, plan: Plan) -> tuple[Tensor, list[EdgeUse]]:
+        """Every grove of this rank on its own tokens: y of the rows.
 
         A grove without tokens runs on none: its gradients are zero, not missing.
         """
         if self.edge.backend != "reference" and self.config.kan.routing == "hard":
-            return self._run_stacked(x_SD, rows)
+            return self._run_stacked(rows)
         parts = zip(
-            x_SD.split(rows),
+            rows.x_SD.split(plan.read_rows()),
             self.edges.unbind(),
             self.v.unbind(),
             self.u.unbind(),
@@ -130,14 +148,17 @@ class GroveLayer(Balanced):
         ]
         return torch.cat([y for y, _ in outputs]), [use for _, use in outputs]
 
-    def _run_stacked(self, x_SD: Tensor, rows: list[int]) -> tuple[Tensor, list[EdgeUse]]:
-        """All groves at once, as one layer of G * M edges of which each row sees its grove's."""
-        count_G = torch.tensor(rows, dtype=torch.int32).to(x_SD.device, non_blocking=True)
-        start_G1 = F.pad(count_G.cumsum(0, dtype=torch.int32), (1, 0))
-        number_G = torch.arange(len(rows), dtype=torch.int32, device=x_SD.device)
-        group_S = number_G.repeat_interleave(count_G, output_size=len(x_SD))
+    def _run_stacked(self, rows: Rows) -> tuple[Tensor, list[EdgeUse]]:
+        """All groves at once, as one layer of G * M edges of which each row sees its grove's.
+
+        Where each grove's rows begin stays on the device: the host waits for nothing.
+        """
+        x_SD, grove_S = rows.x_SD, rows.pairs.place_S
+        groves, edges, _ = self.edges.shape
+        number_G1 = torch.arange(groves + 1, dtype=grove_S.dtype, device=x_SD.device)
+        start_G1 = torch.searchsorted(grove_S, number_G1, out_int32=True)
         h_SM = grouped_linear(x_SD, self.edges, start_G1, backend=self.edge.backend)
-        kept = self.edge.topk(h_SM, self.config.kan.top_k, group_N=group_S)
-        routed, use = routed_by(kept, h_SM, self.edges.shape[0] * self.edges.shape[1])
+        kept = self.edge.topk(h_SM, self.config.kan.top_k, group_N=grove_S.to(torch.int32))
+        routed, use = routed_by(kept, h_SM, groves * edges)
         v_CRD, u_CRD = self.v.flatten(0, 1), self.u.flatten(0, 1)
         return project(x_SD, routed, v_CRD, u_CRD, self.config.kan, self.edge.backend), [use]

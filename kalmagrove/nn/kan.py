@@ -34,7 +34,7 @@ class KANWeights(NamedTuple):
 class EdgeUse(NamedTuple):
     """What a forward pass did with its edges, as sums that add up over groves. Detached, fp32."""
 
-    seen: Tensor  # pre-activations
+    seen: int  # pre-activations
     outside: Tensor  # of these, outside the range
     kept: Tensor  # energy: sum of squares of the kept edges
     energy: Tensor  # of all edges
@@ -44,7 +44,7 @@ class EdgeUse(NamedTuple):
     def metrics(self) -> dict[str, Tensor]:
         """Shares: pre-activations out of range, energy of the kept edges, edges no token kept."""
         return {
-            "out_of_range": self.outside / self.seen.clamp(min=1),
+            "out_of_range": self.outside / max(self.seen, 1),
             "kept_share": self.kept / self.energy.clamp(min=1e-30),
             "dead_edges": 1 - self.used_M.mean(),
         }
@@ -81,7 +81,7 @@ def route(
     with torch.no_grad():
         square_NM = e_NM.float().square()
         use = EdgeUse(
-            seen=square_NM.new_full((), e_NM.numel()),
+            seen=e_NM.numel(),
             outside=edge.outside(h_NM, grove),
             kept=square_NM.gather(1, index_NK).sum(),
             energy=square_NM.sum(),
@@ -93,7 +93,7 @@ def route(
 def routed_by(kept: Kept, h_NM: Tensor, channels: int) -> tuple[Routed, EdgeUse]:
     """What hard routing kept, of as many channels as there are edges in all groves of `kept`."""
     use = EdgeUse(
-        seen=kept.energy.new_full((), h_NM.numel()),
+        seen=h_NM.numel(),
         outside=kept.outside,
         kept=kept.value_NK.detach().square().sum().float(),
         energy=kept.energy,
@@ -121,18 +121,14 @@ def project(
 
 
 def _used(index_NK: Tensor, channels: int) -> Tensor:
-    return torch.zeros(channels, device=index_NK.device).scatter(0, index_NK.flatten(), 1.0)
+    return torch.zeros(channels, device=index_NK.device).scatter_(0, index_NK.flatten(), 1.0)
 
 
 def add_up(uses: list[EdgeUse]) -> EdgeUse:
     """The use of several layers' edges as that of one."""
-    return EdgeUse(
-        seen=torch.stack([use.seen for use in uses]).sum(),
-        outside=torch.stack([use.outside for use in uses]).sum(),
-        kept=torch.stack([use.kept for use in uses]).sum(),
-        energy=torch.stack([use.energy for use in uses]).sum(),
-        used_M=torch.cat([use.used_M for use in uses]),
-    )
+    seen, outside, kept, energy, used_M = zip(*uses, strict=True)
+    sums_3 = torch.stack([*outside, *kept, *energy]).view(3, len(uses)).sum(1)
+    return EdgeUse(sum(seen), sums_3[0], sums_3[1], sums_3[2], torch.cat(used_M))
 
 
 class KANLayer(nn.Module):
@@ -155,8 +151,12 @@ class KANLayer(nn.Module):
         )
         self.v = parameter(*shape, kind="matrix", shard=self.tp.piece(config.rank, dim=1))
         self.u = parameter(*shape, kind="matrix", shard=self.tp.piece(config.rank, dim=1))
-        self.use: EdgeUse | None = None  # of the last forward pass, for the grove this belongs to
-        self.metrics: dict[str, Tensor] = {}
+        self.use: EdgeUse | None = None  # of the last forward pass
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """See `EdgeUse.metrics`; worked out when asked for: once a step, not a micro-batch."""
+        return {} if self.use is None else self.use.metrics
 
     def init_weights(self, std: float, out_std: float) -> None:
         """See `init_kan`."""
@@ -166,7 +166,6 @@ class KANLayer(nn.Module):
     def forward(self, x_BTD: Tensor) -> FFNOutput:
         h_NM, beside_ND = linear_beside(x_BTD.flatten(0, -2), self.tp.stream(self.edges))
         routed, self.use = route(h_NM, self.config, self.edge)
-        self.metrics = self.use.metrics
         inner_BTD = self.tp.enter(beside_ND.view_as(x_BTD))
         y_ND = project(
             inner_BTD.flatten(0, -2),

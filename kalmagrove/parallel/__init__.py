@@ -22,7 +22,7 @@ from kalmagrove.parallel.differentiable import (
     split,
     sum_grad,
 )
-from kalmagrove.parallel.expert import Plan, Rows, communicate, postprocess, preprocess
+from kalmagrove.parallel.expert import Plan, Rows, communicate, count_parts, postprocess, preprocess
 from kalmagrove.parallel.groups import Group, Groups
 from kalmagrove.parallel.shard import (
     Shard,
@@ -55,6 +55,7 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "communicate",
+    "count_parts",
     "cross_entropy",
     "exchange",
     "gather",

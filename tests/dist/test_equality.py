@@ -84,6 +84,8 @@ def results(ranks: int) -> Any:
     if ranks == 2:
         overrides = [*REAL, "batch.micro=2"]
         jobs["real_model"] = {"overrides": overrides, "stages": [0, 1, 2, 3]}
+        layouts = {f"ep {ep}": ["ffn=grove", "batch.micro=2", f"parallel.ep={ep}"] for ep in (1, 2)}
+        jobs["bf16_sums"] = {"overrides": layouts}  # last: it makes groups of its own
     return run_ranks("several", ranks, jobs=jobs, timeout=300)
 
 
@@ -106,3 +108,8 @@ def test_the_real_model_too() -> None:
             close(found, expected, 2e-5)
         except AssertionError as error:
             raise AssertionError(f"ZeRO {stage}: {error}") from None
+
+
+def test_bf16_gradients_add_up_to_the_last_bit_as_deepspeed_adds_them() -> None:
+    """With groves, whole and expert-parallel, and two micro-batches a step."""
+    assert results(2)["bf16_sums"] == {f"ep {ep}": [[True, True]] * 2 for ep in (1, 2)}

@@ -98,9 +98,9 @@ class Counter:
             yield
 
 
-def even(score_NG: Tensor, chosen: int) -> tuple[Tensor, dict[str, Tensor]]:
+def even(score_NG: Tensor, chosen: int) -> Tensor:
     """In the place of `Balanced.choose`: all choices are equally likely."""
-    return torch.rand_like(score_NG).topk(chosen, 1).indices, {}
+    return torch.rand_like(score_NG).topk(chosen, 1).indices
 
 
 def one_batch(run: Run, groups: Groups) -> dict[str, float]:
@@ -112,7 +112,7 @@ def one_batch(run: Run, groups: Groups) -> dict[str, float]:
     model.activation_checkpointing = run.engine.activation_checkpointing
     for module in model.modules():
         if isinstance(module, Balanced):
-            module.choose = even  # type: ignore[method-assign, assignment]
+            module.choose = even  # type: ignore[method-assign]
     tokens = torch.randint(run.model.vocab_size, (run.batch.micro, run.data.seq_len))
     segments = (torch.arange(run.data.seq_len) // 10).int().expand(len(tokens), -1)
     torch.manual_seed(1 + groups.world.rank)  # routing

@@ -53,6 +53,31 @@ def real_model(groups: Groups, overrides: list[str], stages: list[int]) -> dict[
     return result
 
 
+def bf16_sums(groups: Groups, overrides: dict[str, list[str]]) -> dict[str, Any]:
+    """Whether gradients are added up as DeepSpeed itself would: to the last bit, on all ranks."""
+    result = {}
+    for name, more in overrides.items():
+        run = real_run([*more, "engine.precision=bf16", "zero.stage=1"])
+        Groups.reset()
+        own = Groups.init(run.parallel, groups.device)
+        found = []
+        for patched in (True, False):
+            engine, rows = _real_engine(run, own)
+            assert engine.accumulation == 2
+            optimizer = engine.deepspeed.optimizer
+            if not patched:
+                del optimizer.update_hp_grads  # DeepSpeed's method shows again
+            steps = []
+            for step in range(3):
+                _, norm = engine.train_step([next(rows) for _ in range(2)], step)
+                steps.append(float(norm))
+            state = [v for s in optimizer.optimizer.state.values() for v in s.values()]
+            weights = [*local_weights(engine.deepspeed), *engine.module.parameters()]
+            found.append([t.detach() for t in (*weights, *state, torch.tensor(steps))])
+        result[name] = _everywhere([same(*found), len(set(steps)) == len(steps)], own)
+    return result
+
+
 def losses(run: Run, groups: Groups, steps: int) -> list[tuple[float, float]]:
     """(loss averaged over ranks, gradient norm) of the first steps of a new engine."""
     engine, rows = make(run, groups)
@@ -444,6 +469,7 @@ def serve(workers: dict[str, Any]) -> None:
 WORKERS: dict[str, Any] = {
     "equality": equality,
     "real_model": real_model,
+    "bf16_sums": bf16_sums,
     "nonfinite": nonfinite,
     "roundtrip": roundtrip,
     "refusals": refusals,

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from kalmagrove.cli.compose import compose_tree
-from kalmagrove.config import load
+from kalmagrove.config import KAN, Grove, load
 from kalmagrove.nn import Transformer, build_model
+from kalmagrove.nn.backends import resolve_backend
+from kalmagrove.nn.grove import GroveLayer
 from kalmagrove.parallel import Groups
 from tests.e2e.conftest import SMALL, run
 
@@ -55,6 +57,25 @@ def test_bf16_is_close_and_finite(attention: str, ffn: str) -> None:
     loss.backward()
     assert loss.item() == pytest.approx(want, rel=2e-2)
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_a_layer_of_groves_never_waits_for_the_gpu(backend: str) -> None:
+    torch.manual_seed(0)
+    body, device = KAN(edges=64, top_k=8, rank=16), torch.device("cuda")
+    config = Grove(groves=8, top_g=2, kan=body)
+    layer = GroveLayer(128, config, Groups.single(), resolve_backend(backend, device, body))
+    layer.init_weights(0.02, 0.02)
+    layer.bfloat16().to(device)
+    x = torch.randn(2, 130, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+    for mode in ("default", "error"):  # once to build and choose kernels, once to refuse
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            y, aux_loss = layer(x)
+            (y.float().square().sum() + aux_loss).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert layer.edge.backend != "reference"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """KAN layers and groves on Triton's kernels against the same modules on the reference path."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kalmagrove.config import KAN, Edge, Grove
 from kalmagrove.nn.grove import GroveLayer
@@ -70,3 +73,39 @@ def test_stacked_groves_are_watched_one_by_one() -> None:
     for number, h in seen["triton"].items():
         torch.testing.assert_close(h, seen["reference"][number])
     assert {n for n, h in seen["reference"].items() if len(h)} == set(seen["triton"])
+
+
+class NeverWaits(TorchDispatchMode):
+    """Refuses the operations that read on the host what an accelerator has worked out."""
+
+    WAITING = (
+        "_local_scalar_dense",
+        "_unique2",
+        "bincount",
+        "equal",
+        "is_nonzero",
+        "masked_select",
+        "nonzero",
+    )
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function.overloadpacket.__name__
+        assert name not in self.WAITING, f"{name} waits for the accelerator"
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_layer_of_stacked_groves_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tolist(x: Tensor) -> None:
+        raise AssertionError("tolist waits for the accelerator")
+
+    stacked, by_itself = grove("triton"), grove("reference")
+    x = torch.randn(2, 7, 12, requires_grad=True)
+    monkeypatch.setattr(Tensor, "tolist", tolist)
+    with NeverWaits():
+        y, aux_loss = stacked(x)
+        (y.square().sum() + aux_loss).backward()
+        assert stacked.metrics
+        with pytest.raises(AssertionError, match="tolist waits"):  # it would be noticed
+            by_itself(x)

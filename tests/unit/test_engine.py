@@ -10,7 +10,7 @@ from tiny_run import make_run
 from torch import Tensor
 
 from kalmagrove.config import Run
-from kalmagrove.engine.compat import _not_finite
+from kalmagrove.engine.compat import _add_gradients, _not_finite
 from kalmagrove.engine.engine import Engine
 from kalmagrove.nn import build_model
 from kalmagrove.parallel import Groups
@@ -123,3 +123,29 @@ def test_a_gradient_that_is_not_finite_is_found_in_any_group(bad: float) -> None
     assert _not_finite(zero(1.0, bad)).item()
     assert _not_finite(zero(bad, 1.0)).item()
     assert not _not_finite(zero()).item()
+
+
+def test_bf16_gradients_add_up_in_fp32_where_there_are_any() -> None:
+    torch.manual_seed(0)
+    shapes = [[(3, 5), (), (4,)], [(2, 2, 2)], [(6,)]]
+    groups = [[torch.nn.Parameter(torch.zeros(s).bfloat16()) for s in group] for group in shapes]
+    sums = [[torch.zeros(p.numel()) for p in group] for group in groups]
+    zero = SimpleNamespace(
+        bf16_groups=groups,
+        fp32_groups_gradients=sums,
+        fp32_groups_has_gradients=[[False] * len(group) for group in groups],
+    )
+    expected = [[s.clone() for s in group] for group in sums]
+    for _ in range(3):
+        for i, j in ((0, 0), (0, 1), (2, 0)):  # not (0, 2), nor any of group 1
+            grad = torch.randn(groups[i][j].shape).bfloat16() * 10
+            groups[i][j].grad = grad
+            expected[i][j] += grad.float().flatten()
+        _add_gradients(zero)
+        assert all(p.grad is None for group in groups for p in group)
+    assert all(
+        map(torch.equal, sums[0] + sums[1] + sums[2], expected[0] + expected[1] + expected[2])
+    )
+    assert zero.fp32_groups_has_gradients == [[True, True, False], [False], [True]]
+    assert groups[0][1]._hp_grad is sums[0][1]
+    assert not hasattr(groups[1][0], "_hp_grad")

@@ -172,3 +172,25 @@ def test_gates_start_near_one_and_the_sum_varies_as_one_layer() -> None:
         spread.append(float(module(x).y_BTD.detach().std()))
     assert 0.8 < float(grove.metrics["gate_mean"]) < 1.4
     assert 0.7 < spread[0] / spread[1] < 1.4
+
+
+def test_tokens_reach_their_groves_without_a_look_at_any_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = layer()
+    monkeypatch.setattr(module, "run_groves", lambda rows, plan: (rows.x_SD, []))
+    y_BTD, aux_loss = module.to("meta")(torch.randn(2, 9, WIDTH, device="meta"))
+    (y_BTD.sum() + aux_loss).backward()
+    assert y_BTD.shape == (2, 9, WIDTH)
+
+
+def test_metrics_are_of_the_last_forward_pass_whatever_became_of_the_weights() -> None:
+    module = layer(capacity=1.0)
+    module(torch.randn(1, 12, WIDTH))
+    before = {name: value.clone() for name, value in module.metrics.items()}
+    assert before.keys() > {"load", "load_max", "load_cv", "dropped", "gate_mean", "gate_std"}
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert module.metrics.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in module.metrics.items())
