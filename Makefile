@@ -25,13 +25,14 @@ train: $(READY)
 
 # Speed of the tests: unit tests share the cores, tests that start processes of their own run alone.
 test: lint
-	$(BIN)/python -m pytest tests/unit tests/kernels -n 2 $(ARGS)
+	$(BIN)/python -m pytest tests/unit tests/kernels $(addprefix --ignore=,$(MORE)) -n 2 $(ARGS)
 	$(BIN)/python -m pytest tests/dist tests/e2e tests/golden tests/gpu $(addprefix --ignore=,$(MORE)) --durations=12 $(ARGS)
 
-# Tests of single commands that `test` leaves out for time: about twelve minutes.
-MORE := $(addprefix tests/dist/test_,faults_more.py retrofit.py) $(addprefix tests/e2e/test_,doctor.py evaluate.py report.py search.py sweep.py two_machines.py)
+# Tests of single commands, and kernels compiled in every form, that `test` leaves out for time: about sixteen minutes.
+MORE := $(addprefix tests/dist/test_,faults_more.py retrofit.py) $(addprefix tests/e2e/test_,doctor.py evaluate.py report.py search.py sweep.py two_machines.py) tests/kernels/test_compile_more.py
 test-more: $(READY)
-	$(BIN)/python -m pytest $(MORE) --durations=12 $(ARGS)
+	$(BIN)/python -m pytest $(filter-out tests/kernels/%,$(MORE)) --durations=12 $(ARGS)
+	$(BIN)/python -m pytest $(filter tests/kernels/%,$(MORE)) -n 2 $(ARGS)
 
 # Coverage slows the tests down by two thirds; of Triton's interpreter and started processes it sees nothing.
 coverage: $(READY)
@@ -39,7 +40,7 @@ coverage: $(READY)
 	$(BIN)/python -m pytest tests/unit -n 2 --cov --cov-report=term:skip-covered $(ARGS)
 
 test-unit: $(READY)
-	$(BIN)/python -m pytest tests/unit tests/kernels -n 2 $(ARGS)
+	$(BIN)/python -m pytest tests/unit tests/kernels $(addprefix --ignore=,$(MORE)) -n 2 $(ARGS)
 
 test-dist: $(READY)
 	$(BIN)/python -m pytest tests/dist $(ARGS)
