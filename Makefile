@@ -28,8 +28,8 @@ test: lint
 	$(BIN)/python -m pytest tests/unit tests/kernels $(addprefix --ignore=,$(MORE)) -n 2 $(ARGS)
 	$(BIN)/python -m pytest tests/dist tests/e2e tests/golden tests/gpu $(addprefix --ignore=,$(MORE)) --durations=12 $(ARGS)
 
-# Tests of single commands, and kernels compiled in every form, that `test` leaves out for time: about sixteen minutes.
-MORE := $(addprefix tests/dist/test_,faults_more.py retrofit.py) $(addprefix tests/e2e/test_,doctor.py evaluate.py report.py search.py sweep.py two_machines.py) tests/kernels/test_compile_more.py
+# Tests of single commands, and kernels compiled in every form, that `test` leaves out for time: about seventeen minutes.
+MORE := $(addprefix tests/dist/test_,faults.py faults_more.py retrofit.py) $(addprefix tests/e2e/test_,doctor.py evaluate.py report.py search.py sweep.py two_machines.py) tests/kernels/test_compile_more.py
 test-more: $(READY)
 	$(BIN)/python -m pytest $(filter-out tests/kernels/%,$(MORE)) --durations=12 $(ARGS)
 	$(BIN)/python -m pytest $(filter tests/kernels/%,$(MORE)) -n 2 $(ARGS)
