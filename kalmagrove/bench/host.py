@@ -20,10 +20,12 @@ from kalmagrove.config.layout import UsedLayout
 from kalmagrove.engine import build_engine, connect, disconnect
 from kalmagrove.nn import build_model
 from kalmagrove.parallel import Groups, all_reduce_max, barrier
+from kalmagrove.track.phases import ALLTOALL
 
 SHALLOW, DEEP = 2, 8  # layers
 ROW = 256  # tokens of a rank
 WARMUP = 3
+PASSES = ("forward", "backward", ALLTOALL)
 
 
 def run_all(
@@ -47,7 +49,8 @@ def run_all(
     }
 
     def one(run: Run, groups: Groups, _: Layout) -> dict[str, Any]:
-        measured = [measure(run, groups, *kind, steps) for kind in kinds(run)]
+        kinds = dict.fromkeys(run.model.layer_kinds())
+        measured = [measure(run, groups, *kind, steps) for kind in kinds]
         return {"used": UsedLayout.of(run, groups.world.size)._asdict(), "kinds": measured}
 
     for records in in_turn(runs, device, one):
@@ -56,13 +59,6 @@ def run_all(
                 print(text, flush=True)
             keep(result | {"layouts": records})
     disconnect()
-
-
-def kinds(run: Run) -> list[tuple[str, str]]:
-    """Attention and feed-forward of the model's layers, each pair once."""
-    model = run.model
-    pairs = [(model.attention_kind(i), model.ffn_kind(i)) for i in range(model.layers)]
-    return list(dict.fromkeys(pairs))
 
 
 def lines(record: dict[str, Any]) -> list[str]:
@@ -129,7 +125,7 @@ def _step(run: Run, groups: Groups, steps: int) -> tuple[float, float]:
         engine.train_step([batch], number)
         after = engine.timer.seconds()  # waits for the GPU
         whole = time.perf_counter() - begun
-        passes = sum(after[phase] - before.get(phase, 0.0) for phase in ("forward", "backward"))
+        passes = sum(after.get(phase, 0.0) - before.get(phase, 0.0) for phase in PASSES)
         taken.append((passes, whole - passes))
         before = after
     medians = [statistics.median(column) for column in zip(*taken[WARMUP:], strict=True)]

@@ -182,6 +182,10 @@ class Model(Section):
     def ffn_kind(self, layer: int) -> FFNKind:
         return self.ffn.pattern[layer % len(self.ffn.pattern)]
 
+    def layer_kinds(self) -> list[tuple[AttentionKind, FFNKind]]:
+        """Of every layer."""
+        return [(self.attention_kind(i), self.ffn_kind(i)) for i in range(self.layers)]
+
     def padded_vocab(self, tokens: int) -> int:
         """The embedding's rows for a tokenizer of `tokens` entries."""
         return -(-tokens // self.vocab_multiple) * self.vocab_multiple
