@@ -161,18 +161,17 @@ def measure(run: Run, groups: Groups, steps: int, aside: bool) -> dict[str, Any]
         before = engine.timer.seconds()
         taken += [step() for _ in range(steps)]
         after = engine.timer.seconds()
+        phases = {phase: (after[phase] - before[phase]) / steps for phase in after}  # this rank's
         seconds = [s for s, _ in taken[WARMUP:]]
         record = {
             "step_seconds": [round(s, 5) for s in seconds],
-            "phase_seconds": {  # the first rank's, means
-                phase: round((after[phase] - before[phase]) / steps, 5) for phase in after
-            },
+            "phase_seconds": {phase: round(s, 5) for phase, s in phases.items()},
             "tokens_per_second": run.batch.tokens / statistics.median(seconds),
             "losses": [loss for _, loss in taken],
             "model_flops_per_second": flops_per_token(run.model, run.data.seq_len).training
             * run.batch.tokens
             / statistics.median(seconds),
-            **traffic_of(engine, groups, before, steps),
+            **traffic_of(engine, groups, phases),
             **predictions(run, groups, "bf16" if engine.dtype == torch.bfloat16 else "fp32"),
         }
         if cuda:
@@ -201,17 +200,16 @@ def random_batches(run: Run, groups: Groups) -> Iterator[Batch]:
         }
 
 
-def traffic_of(
-    engine: Engine, groups: Groups, before: Mapping[str, float], steps: int
-) -> dict[str, Any]:
-    """All-to-alls, mean over ranks: bytes to other ranks in the last step, seconds a step in the
-    `steps` since the engine's timer said `before`.
+def traffic_of(engine: Engine, groups: Groups, phases: Mapping[str, float]) -> dict[str, Any]:
+    """All-to-alls, mean over ranks: bytes to other ranks in the last step, and seconds a step.
+
+    Args:
+        phases: seconds a step, of this rank.
     """
     if "alltoall_bytes" not in engine.metrics:
         return {}
-    taken = engine.timer.seconds()[ALLTOALL] - before[ALLTOALL]
     sent = float(engine.metrics["alltoall_bytes"])
-    pair = torch.tensor([sent, taken / steps], dtype=torch.float64, device=groups.device)
+    pair = torch.tensor([sent, phases[ALLTOALL]], dtype=torch.float64, device=groups.device)
     sent, seconds = (all_reduce_sum(pair, groups.world) / groups.world.size).tolist()
     return {"alltoall_bytes": sent, "alltoall_seconds": seconds}
 

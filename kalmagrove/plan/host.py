@@ -7,6 +7,7 @@ A GPU that is faster waits for it, as with small models it does all the time. Se
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from kalmagrove.config import ConfigError, Run
@@ -74,8 +75,7 @@ class HostTimes:
         """Of `run` on so many ranks."""
         if not self._rows:
             return _tabled(run)
-        model, layout = run.model, UsedLayout.of(run, ranks)
-        pairs = [(model.attention_kind(i), model.ffn_kind(i)) for i in range(model.layers)]
+        layout, pairs = UsedLayout.of(run, ranks), run.model.layer_kinds()
         rows, notes = {}, []
         for pair in dict.fromkeys(pairs):
             alike = [row for row in self._rows if (row.attention, row.ffn) == pair]
@@ -87,12 +87,11 @@ class HostTimes:
             if rows[pair].layout != layout:
                 notes.append(f"host: of {rows[pair].layout} for {layout}")
         layers = [rows[pair] for pair in pairs]
-        mean = len(rows)
         return Cost(
-            _again(run) * sum(row.layer for row in layers)
-            + sum(max(0.0, row.rest) for row in rows.values()) / mean,
+            again(run) * sum(row.layer for row in layers)
+            + fmean(max(0.0, row.rest) for row in rows.values()),
             sum(row.optimizer_layer for row in layers)
-            + sum(max(0.0, row.optimizer_rest) for row in rows.values()) / mean,
+            + fmean(max(0.0, row.optimizer_rest) for row in rows.values()),
             tuple(dict.fromkeys(notes)),
         )
 
@@ -111,8 +110,7 @@ def _tabled(run: Run) -> Cost:
     model = run.model
     zero = {2: of("host_zero2"), 3: of("host_zero3")}.get(run.zero.stage, 0.0)
     passes, parameters = 0.0, 0
-    for i in range(model.layers):
-        attention, ffn = model.attention_kind(i), model.ffn_kind(i)
+    for i, (attention, ffn) in enumerate(model.layer_kinds()):
         passes += of(f"host_{attention}") + of(f"host_{ffn}")
         if run.parallel.tp > 1:
             passes += of("host_tp")
@@ -124,11 +122,11 @@ def _tabled(run: Run) -> Cost:
             passes += of("host_groves_reference")
         parameters += PARAMETERS[attention] + PARAMETERS[ffn]
     return Cost(
-        _again(run) * passes + zero * parameters + of("host_rest"),
+        again(run) * passes + zero * parameters + of("host_rest"),
         of("host_optimizer") * parameters,
     )
 
 
-def _again(run: Run) -> float:
+def again(run: Run) -> float:
     """How often a layer is passed through, forward and backward together being once."""
     return 4 / 3 if run.engine.activation_checkpointing else 1.0

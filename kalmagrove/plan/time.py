@@ -12,7 +12,7 @@ from typing import NamedTuple
 from kalmagrove.config import KAN, Cluster, Run
 from kalmagrove.config.counts import ada_head_dim, head_ranks, held_parameters
 from kalmagrove.plan.efficiency import of
-from kalmagrove.plan.host import Cost
+from kalmagrove.plan.host import Cost, again
 from kalmagrove.track import communication_estimate, flops_per_token, path_of
 from kalmagrove.track.communication import routed_parts, zero_bytes_apart
 from kalmagrove.track.flops import Path, Row
@@ -44,8 +44,7 @@ class _Step:
         self.path: Path = path_of(run.model.backend, gpu=True)
         self.micro_batches = run.accumulation(run.data_parallel(cluster.gpus))
         self.tokens = run.batch.micro * run.data.seq_len / run.parallel.cp  # a rank's, at once
-        # Passes that a layer is computed in, in units of forward and backward together.
-        self.again = 4 / 3 if run.engine.activation_checkpointing else 1.0
+        self.again = again(run)
         self.layers = [_Layer(run, i, self.path) for i in range(run.model.layers)]
 
     def parts(self, host: Cost) -> list[Part]:
