@@ -206,9 +206,10 @@ def traffic_of(engine: Engine, groups: Groups, phases: Mapping[str, float]) -> d
     Args:
         phases: seconds a step, of this rank.
     """
-    if "alltoall_bytes" not in engine.metrics:
+    metrics = engine.metrics()
+    if "alltoall_bytes" not in metrics:
         return {}
-    sent = float(engine.metrics["alltoall_bytes"])
+    sent = float(metrics["alltoall_bytes"])
     pair = torch.tensor([sent, phases[ALLTOALL]], dtype=torch.float64, device=groups.device)
     sent, seconds = (all_reduce_sum(pair, groups.world) / groups.world.size).tolist()
     return {"alltoall_bytes": sent, "alltoall_seconds": seconds}

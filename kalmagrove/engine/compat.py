@@ -6,7 +6,7 @@ Used by `connect`, `build_engine` and the checkpoint code. Pinned to deepspeed>=
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -101,9 +101,53 @@ def initialize(
     zero = engine.optimizer
     if hasattr(zero, "has_overflow_partitioned_grads_serial") and hasattr(zero, "bit16_groups"):
         zero.has_overflow_partitioned_grads_serial = lambda: _not_finite(zero)
+        zero.get_grad_norm_direct = _norm_at_once(zero)
     if hasattr(zero, "update_hp_grads"):
         zero.update_hp_grads = lambda clear_lp_grads=False: _add_gradients(zero)
+        zero.get_grads_for_norm = _gradients_at_once(zero)
     return engine
+
+
+# DeepSpeed asks each gradient by itself for its norm and scales each by itself. The norm of their
+# norms is that of them all, so its own functions are given all norms as one gradient, and to scale
+# the buffer that the gradients lie in.
+
+
+def _norms(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The norms of all as one tensor; nothing of none."""
+    held = [gradient for gradient in gradients if gradient.numel()]
+    return [torch.stack(torch._foreach_norm(held, 2, dtype=torch.float32))] if held else []
+
+
+def _norm_at_once(zero: Any) -> Callable[..., Tensor]:
+    """`get_grad_norm_direct` of ZeRO 2: the norm over all ranks of this rank's pieces."""
+    whole = zero.get_grad_norm_direct
+
+    def norm(gradients: Sequence[Tensor], params: Sequence[Tensor], norm_type: int = 2) -> Tensor:
+        pieces = (g for g in gradients if not getattr(g, "_zero_padding", False))
+        own = [
+            (g, p)
+            for g, p in zip(pieces, params, strict=False)  # the last ranks may hold padding alone
+            if zero.model_parallel_rank == 0 or getattr(p, "tensor_model_parallel", False)
+        ]
+        norms = _norms([g for g, _ in own])
+        found: Tensor = whole(norms, [p for _, p in own][: len(norms)], norm_type)
+        return found
+
+    return norm
+
+
+def _gradients_at_once(zero: Any) -> Callable[..., Any]:
+    """`get_grads_for_norm` of ZeRO 1 in bf16: those of no expert, and of experts by group."""
+    whole = zero.get_grads_for_norm
+
+    def gradients(for_clipping: bool = False) -> Any:
+        if for_clipping:
+            return list(zero.fp32_groups_gradients_flat)
+        dense, experts = whole()
+        return _norms(dense), {name: _norms(own) for name, own in experts.items()}
+
+    return gradients
 
 
 def _not_finite(zero: Any) -> Tensor:
@@ -126,7 +170,7 @@ def _add_gradients(zero: Any) -> None:
 
     DeepSpeed goes through the parameters in Python, with two kernels for each, and keeps the
     gradients, zeroed, for the next pass to add to: one kernel more. The sums are bit for bit the
-    same, as fp32 holds every bf16 number.
+    same, as fp32 holds every bf16 number: those of a step's first pass are copies.
     """
     for group, sums, found in zip(
         zero.bf16_groups,
@@ -135,8 +179,10 @@ def _add_gradients(zero: Any) -> None:
         strict=True,
     ):
         held = [i for i, parameter in enumerate(group) if parameter.grad is not None]
-        if held:
-            torch._foreach_add_([sums[i] for i in held], [group[i].grad.view(-1) for i in held])
+        for seen, add in ((False, torch._foreach_copy_), (True, torch._foreach_add_)):
+            these = [i for i in held if found[i] is seen]
+            if these:
+                add([sums[i] for i in these], [group[i].grad.view(-1) for i in these])
         for i in held:
             group[i]._hp_grad, group[i].grad, found[i] = sums[i], None, True
 

@@ -104,8 +104,9 @@ class Engine:
         self.frozen = frozen
         self.nonfinite_in_row = 0
         self.nonfinite_total = 0
-        self.metrics: dict[str, Tensor] = {}
-        self._sent = 0  # bytes in all-to-alls of the last step
+        self._metrics: dict[str, Tensor] | None = {}  # None: not worked out yet
+        self._aux = torch.zeros((), device=groups.device)  # of the last step
+        self._sent: int | None = None  # bytes in all-to-alls of the last step, if there are any
         self._losses: list[Tensor] = []  # of the last step's micro-batches, on the device
         self.timer, self.progress = Timer(groups.device), Progress()
         self.accumulation = run.accumulation(groups.dp.size)
@@ -129,8 +130,8 @@ class Engine:
         assert len(batches) == self.accumulation, "one step takes `accumulation` micro-batches"
         self._set_lr(self._lr_factor(step))
         self.module.train()
-        exchanging = self.module.traffic() is not None  # type: ignore[operator]
-        self._sent = 0  # and what an evaluation sent is read and forgotten
+        self.module.traffic()  # type: ignore[operator]  # forgets what an evaluation sent
+        self._sent = None
         nll, aux = torch.zeros((2,), device=self.groups.device)
         self._losses = []
         for batch in batches:
@@ -155,10 +156,7 @@ class Engine:
             self.timer.lap("optimizer")
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
-        # Taken here, because an evaluation leaves its own in the module.
-        self.metrics = {**self.module.metrics(), "aux_loss": aux}  # type: ignore[operator]
-        if exchanging:
-            self.metrics["alltoall_bytes"] = torch.tensor(float(self._sent))
+        self._metrics, self._aux = None, aux
         self._count(norm)
         if not self.skipped:
             self.module.balance(self.groups)  # type: ignore[operator]
@@ -169,7 +167,20 @@ class Engine:
         """A lap, with the pass's all-to-alls told apart."""
         found: Exchanged | None = self.module.traffic()  # type: ignore[operator]
         self.timer.lap(phase, found and found.seconds)
-        self._sent += found.bytes if found else 0
+        if found:
+            self._sent = (self._sent or 0) + found.bytes
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The model's, of the last step's last forward pass, with `aux_loss` and `alltoall_bytes`.
+
+        Hundreds of small kernels: worked out when first asked for, or before an evaluation, which
+        leaves its own in the module.
+        """
+        if self._metrics is None:
+            self._metrics = {**self.module.metrics(), "aux_loss": self._aux}  # type: ignore[operator]
+            if self._sent is not None:
+                self._metrics["alltoall_bytes"] = torch.tensor(float(self._sent))
+        return self._metrics
 
     @property
     def skipped(self) -> bool:
@@ -196,6 +207,7 @@ class Engine:
         With context parallelism the mean over its cp ranks is the sum over the batch.
         """
         self.progress.at("evaluation")
+        self.metrics()
         self.module.eval()
         loss = self.deepspeed(**self._to_device({**batch, "normalizer": 1.0})).loss
         return loss.double(), (batch["targets"] != -100).sum().to(self.groups.device)

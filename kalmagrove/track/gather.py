@@ -97,7 +97,7 @@ class Gather:
             grad_norm: None: there was no finite one yet.
             joules: of this rank in this session, by stage.
         """
-        means, largest = split_metrics(record.model_metrics)
+        means, largest = split_metrics(record.model_metrics())
         seconds = record.seconds()
         before, self._alltoall = self._alltoall, seconds.get(ALLTOALL, 0.0)
         exchanging = (self._alltoall - before) / window.steps

@@ -22,12 +22,14 @@ class Layout:
 
 
 def pack_metrics(metrics: Mapping[str, Tensor], device: torch.device) -> tuple[Layout, Tensor]:
-    """All values end to end, fp64 on `device`, without waiting for it."""
-    flat = {
-        name: value.detach().to(device, torch.float64).flatten() for name, value in metrics.items()
-    }
-    layout = Layout(tuple((name, value.numel()) for name, value in flat.items()))
-    return layout, torch.cat(list(flat.values()))
+    """All values end to end, fp64 on `device`, without waiting for it: a copy a kind of tensor."""
+    kinds: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for name, value in metrics.items():
+        kind = value.device, value.dtype
+        kinds.setdefault(kind, {})[name] = value.detach().flatten()
+    layout = Layout(tuple((name, v.numel()) for kind in kinds.values() for name, v in kind.items()))
+    flat = [torch.cat(list(own.values())).to(device, torch.float64) for own in kinds.values()]
+    return layout, torch.cat(flat)
 
 
 def split_metrics(metrics: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -5,7 +5,7 @@ The loop makes a `StepRecord` after every step, and a `GridRefit` for every spli
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ class StepRecord:
     seconds: Callable[[], Mapping[str, float]] = dict
     # of the step's last forward pass, the same names and sizes on every rank; read only when a line
     # is written
-    model_metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    model_metrics: Callable[[], Mapping[str, Tensor]] = dict
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def meters(folder: str) -> dict[str, Any]:
     }
     seconds = {"forward": 1.0, "alltoall": 0.25 + 0.5 * rank}
     loss = torch.tensor(2.0 + 2 * rank)
-    found.step(StepRecord(1, 16, loss, 0.5, 1e-3, False, seconds.copy, told))
+    found.step(StepRecord(1, 16, loss, 0.5, 1e-3, False, seconds.copy, told.copy))
     dist.barrier()
     (line,) = read_history(Path(folder) / "ledger.jsonl").series("step")
     return line

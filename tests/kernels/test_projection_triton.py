@@ -153,7 +153,9 @@ def test_weights_of_another_dtype_get_their_own_gradients() -> None:
         )
 
 
-@pytest.mark.parametrize("start", [[0, 5, 5, 20, 21], [0, 0, 0, 0, 19], [0, 0, 0, 0, 0]])
+@pytest.mark.parametrize(
+    "start", [[0, 5, 5, 20, 21], [0, 0, 0, 0, 19], [0, 0, 0, 0, 0], [0, 700, 700, 1900, 1901]]
+)
 def test_grouped_linear_is_the_reference(start: list[int]) -> None:
     rows = start[-1]
     start_G1 = torch.tensor(start, device=DEVICE)
@@ -169,6 +171,22 @@ def test_grouped_linear_is_the_reference(start: list[int]) -> None:
         for backend, dtype in (("triton", torch.float32), ("reference", torch.float64))
     )
     assert [t.shape for t in ours] == [t.shape for t in theirs]
+    assert_same(ours, theirs)
+
+
+def test_few_channels_of_many_rows_are_split_and_added_up() -> None:
+    x, gate, index, v, u = case(1100, 20, 2, 5, 1)
+    assert stages._parts(2 * 1 * 2, 1100 // 2, stages.tile_of("weights", 5, x.dtype)) > 1
+    ours, theirs = (
+        run(
+            lambda *t, backend=backend: projection.basis_projection(
+                t[0], t[1], index, t[2], t[3], inner_silu=True, backend=backend
+            ),
+            [x, gate, v, u],
+            dtype,
+        )
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64))
+    )
     assert_same(ours, theirs)
 
 

@@ -10,7 +10,12 @@ from tiny_run import make_run
 from torch import Tensor
 
 from kalmagrove.config import Run
-from kalmagrove.engine.compat import _add_gradients, _not_finite
+from kalmagrove.engine.compat import (
+    _add_gradients,
+    _gradients_at_once,
+    _norm_at_once,
+    _not_finite,
+)
 from kalmagrove.engine.engine import Engine
 from kalmagrove.nn import build_model
 from kalmagrove.parallel import Groups
@@ -67,7 +72,7 @@ def test_the_loss_reported_is_the_cross_entropy_alone(router: float, logit: floa
     loss, norm = engine.train_step(steps, 0)
     assert float(loss) == pytest.approx(alone, rel=1e-6)
     assert math.isfinite(norm)
-    aux_loss = float(engine.metrics["aux_loss"])
+    aux_loss = float(engine.metrics()["aux_loss"])
     if router or logit:
         assert aux_loss == pytest.approx(whole - alone, rel=1e-3)
         assert aux_loss > 1e-4  # far above rounding
@@ -90,10 +95,12 @@ def test_the_gradient_is_that_of_the_whole_loss() -> None:
 def test_an_evaluation_leaves_the_metrics_of_training() -> None:
     engine = make_engine(router_z_loss=0.5)
     engine.train_step(batches(engine), 0)
-    taken = {name: value.clone() for name, value in engine.metrics.items()}
-    engine.eval_loss(batches(engine, seed=1)[0])
-    assert taken.keys() == engine.metrics.keys()
-    assert all(torch.equal(taken[name], engine.metrics[name]) for name in taken)
+    first = engine.module.metrics()
+    taken = {name: value.clone() for name, value in first.items()}
+    engine.eval_loss(batches(engine, seed=1)[0])  # before anybody asked for the metrics
+    found = engine.metrics()
+    assert found.keys() == taken.keys() | {"aux_loss"}
+    assert all(torch.equal(taken[name], found[name]) for name in taken)
     other = engine.module.metrics()
     assert any(not torch.equal(taken[name], other[name]) for name in other)
 
@@ -149,3 +156,42 @@ def test_bf16_gradients_add_up_in_fp32_where_there_are_any() -> None:
     assert zero.fp32_groups_has_gradients == [[True, True, False], [False], [True]]
     assert groups[0][1]._hp_grad is sums[0][1]
     assert not hasattr(groups[1][0], "_hp_grad")
+
+
+def test_the_norm_of_norms_is_given_to_deepspeed_where_a_rank_counts_any() -> None:
+    torch.manual_seed(0)
+    padding = torch.zeros(3)
+    padding._zero_padding = True  # type: ignore[attr-defined]
+    whole, piece, empty = torch.randn(3, 4), torch.randn(5), torch.empty(0)
+    params = [torch.zeros(()) for _ in range(3)]
+    params[1].tensor_model_parallel = True  # type: ignore[attr-defined]
+
+    def given(rank: int) -> Any:
+        zero = SimpleNamespace(model_parallel_rank=rank, get_grad_norm_direct=lambda *asked: asked)
+        return _norm_at_once(zero)([whole, piece, empty, padding], params, 2)
+
+    (norms,), (first,), kind = given(0)
+    expected = torch.cat([whole.flatten(), piece]).norm()
+    torch.testing.assert_close(norms.norm(), expected)
+    assert first is params[0]
+    assert kind == 2
+    (norms,), (first,), _ = given(1)  # what is whole is counted by the first tp rank
+    torch.testing.assert_close(norms.norm(), piece.norm())
+    assert first is params[1]
+    zero = SimpleNamespace(model_parallel_rank=1, get_grad_norm_direct=lambda *asked: asked)
+    assert _norm_at_once(zero)([whole], params, 2) == ([], [], 2)
+
+
+def test_experts_keep_a_norm_of_their_own_and_buffers_are_scaled_whole() -> None:
+    torch.manual_seed(0)
+    dense, experts = [torch.randn(2, 3), torch.randn(4)], {"ep_size_2": [torch.randn(6)]}
+    buffers = [torch.ones(10), torch.ones(6)]
+    zero = SimpleNamespace(
+        fp32_groups_gradients_flat=buffers, get_grads_for_norm=lambda: (dense, experts)
+    )
+    gradients = _gradients_at_once(zero)
+    (norms,), by_group = gradients()
+    torch.testing.assert_close(norms.norm(), torch.cat([d.flatten() for d in dense]).norm())
+    torch.testing.assert_close(by_group["ep_size_2"][0].norm(), experts["ep_size_2"][0].norm())
+    assert all(map(torch.is_tensor, gradients(for_clipping=True)))
+    assert [g.data_ptr() for g in gradients(for_clipping=True)] == [b.data_ptr() for b in buffers]

@@ -183,12 +183,10 @@ def test_a_skipped_step_does_not_poison_the_average(tmp_path: Path) -> None:
 def test_nothing_is_fetched_between_lines(tmp_path: Path) -> None:
     asked = []
 
-    class Metrics(dict[str, Tensor]):
-        def items(self) -> Any:
-            asked.append(1)
-            return super().items()
+    def metrics() -> dict[str, Tensor]:
+        asked.append(1)
+        return {"load": torch.tensor([1.0, 3.0]), "out_of_range": torch.tensor(0.25)}
 
-    metrics = Metrics(load=torch.tensor([1.0, 3.0]), out_of_range=torch.tensor(0.25))
     session = Session(tmp_path)
     session.meters.start(0, 0)
     session.step(1, model_metrics=metrics)
@@ -204,7 +202,7 @@ def test_an_auxiliary_loss_is_named_where_there_is_one(tmp_path: Path) -> None:
     session = Session(tmp_path)
     session.meters.start(0, 0)
     for step, aux_loss in ((2, 0.0), (4, 0.25)):
-        session.step(step, model_metrics={"aux_loss": torch.tensor(aux_loss)})
+        session.step(step, model_metrics={"aux_loss": torch.tensor(aux_loss)}.copy)
     assert [line["model"] for line in session.lines("step")] == [{}, {"aux_loss": 0.25}]
 
 
@@ -252,7 +250,7 @@ def test_communication_is_told_apart_from_the_model(tmp_path: Path) -> None:
     for number in range(1, 5):
         seconds = {"forward": 1.0 * number, "alltoall": 0.25 * number + (number > 2)}
         metrics = {**sent, "0.dropped": torch.tensor(0.125)}
-        session.step(number, model_metrics=metrics, seconds=seconds.copy)
+        session.step(number, model_metrics=metrics.copy, seconds=seconds.copy)
     session.step(6)
     first, second, third = session.lines("step")
     assert first["comm"] == {"alltoall_bytes": 1e6, "alltoall_seconds": 0.25}, "a step"

@@ -49,7 +49,7 @@ def train(run_dir: Path, model_metrics: dict[str, Any] | None = None, **track: A
     for step in (1, 2):
         loss, metrics = torch.tensor(3.0), model_metrics or {}
         seconds = dict.fromkeys(TRAINING, 1.0 * step).copy
-        record = StepRecord(step, 16 * step, loss, 0.5, 1e-3, False, seconds, metrics)
+        record = StepRecord(step, 16 * step, loss, 0.5, 1e-3, False, seconds, metrics.copy)
         meters.step(record)
     meters.evaluated(2, 32, 3.25, 700)
     meters.stop("done", step=2)

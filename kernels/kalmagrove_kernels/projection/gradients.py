@@ -105,15 +105,17 @@ def weights_kernel(
     RANKS: tl.constexpr,
     DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """du_c = a^T dy and dv_c = dz^T x over a channel's rows.
+    """du_c = a^T dy and dv_c = dz^T x over one part of a channel's rows: [SPLIT, C, R, D].
 
     Axes: channel (fastest: programs that run at once then read the same columns of x or dy, which
-    stay in the L2 cache); columns; blocks of ranks of du, then of dv.
+    stay in the L2 cache); columns, the parts of each; blocks of ranks of du, then of dv.
     """
     channel = tl.program_id(0)
+    part = tl.program_id(1) % SPLIT
     block = tl.program_id(2)
     blocks: tl.constexpr = (R + RANKS - 1) // RANKS
     if block < blocks:
@@ -121,10 +123,12 @@ def weights_kernel(
     else:
         left_SR, right_ND, out_CRD = dz_SR, x_ND, dv_CRD
     rank = (block % blocks) * RANKS + tl.arange(0, RANKS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    end = tl.load(start_C1 + channel + 1)
+    column = tl.program_id(1) // SPLIT * COLUMNS + tl.arange(0, COLUMNS)
+    begin, end = tl.load(start_C1 + channel), tl.load(start_C1 + channel + 1)
+    rows = (end - begin + SPLIT * DEPTH - 1) // (SPLIT * DEPTH) * DEPTH  # of a part
+    begin += part * rows
     sums = tl.zeros([RANKS, COLUMNS], tl.float32)
-    for first in tl.range(tl.load(start_C1 + channel), end, DEPTH, num_stages=STAGES):
+    for first in tl.range(begin, tl.minimum(begin + rows, end), DEPTH, num_stages=STAGES):
         row = first + tl.arange(0, DEPTH)
         safe = tl.minimum(row, end - 1)
         token = _pairs(order_S, safe, GATHER) // K
@@ -139,6 +143,7 @@ def weights_kernel(
         else:
             right = tl.load(right_ptrs, mask=column[None, :] < D, other=0.0)
         sums = tl.dot(left, right, sums, input_precision=PRECISION)
-    out_ptrs = out_CRD + channel.to(tl.int64) * (R * D) + rank[:, None] * D + column[None, :]
+    out_CRD += (part * tl.num_programs(0) + channel).to(tl.int64) * (R * D)
+    out_ptrs = out_CRD + rank[:, None] * D + column[None, :]
     live = (rank < R)[:, None] & (column < D)[None, :]
     tl.store(out_ptrs, sums.to(out_CRD.dtype.element_ty), mask=live)

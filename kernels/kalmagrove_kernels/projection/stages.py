@@ -15,6 +15,8 @@ from kalmagrove_kernels.launch import Launcher, cdiv, power_of_2
 from kalmagrove_kernels.projection import gradients, kernels
 from kalmagrove_kernels.projection.tiles import Tile, kind_of, tile_of
 
+PROGRAMS = 264  # that a GPU runs at once: two on each of an H100's multiprocessors
+
 RANK_KERNEL, EXPAND_KERNEL, FUSED_KERNEL, COMBINE_KERNEL = map(
     Launcher,
     (kernels.rank_kernel, kernels.expand_kernel, kernels.fused_kernel, kernels.combine_kernel),
@@ -226,10 +228,14 @@ def weights(
     if order_S is None:
         # Rows found through `order` take two steps of the pipeline a buffer, others one.
         tile = replace(tile, stages=(tile.stages + 1) // 2)
-    outs = [a.new_empty(channels, ranks, width) for a in left]
+    blocks, columns = cdiv(ranks, tile.ranks) * len(left), cdiv(width, tile.columns)
+    split = _parts(channels * columns * blocks, len(left[0]) // max(1, channels), tile)
+    if split == 1:
+        outs = [a.new_empty(channels, ranks, width) for a in left]
+    else:
+        outs = [a.new_empty(split, channels, ranks, width, dtype=torch.float32) for a in left]
     if outs[0].numel():
-        blocks = cdiv(ranks, tile.ranks) * len(outs)
-        grid: Any = (channels, cdiv(width, tile.columns), blocks)
+        grid: Any = (channels, columns * split, blocks)
         WEIGHTS_KERNEL(
             grid,
             left[0],
@@ -247,9 +253,10 @@ def weights(
             RANKS=tile.ranks,
             DEPTH=tile.depth,
             COLUMNS=tile.columns,
+            SPLIT=split,
             **_compiled(left[0], tile),
         )
-    return outs
+    return outs if split == 1 else [out.sum(0).to(left[0].dtype) for out in outs]
 
 
 def combine(rows_SD: Tensor, tokens: int, *, tile: Tile | None = None) -> Tensor:
@@ -272,6 +279,11 @@ def combine(rows_SD: Tensor, tokens: int, *, tile: Tile | None = None) -> Tensor
             num_warps=tile.warps,
         )
     return y_ND
+
+
+def _parts(programs: int, rows: int, tile: Tile) -> int:
+    """Into how many parts the rows of a channel are split, where too few programs fill a GPU."""
+    return max(1, min(PROGRAMS // max(1, programs), rows // (8 * tile.depth)))
 
 
 def _tiles(z_SR: Tensor, channels: int, tile: Tile) -> int:
