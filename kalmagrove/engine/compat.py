@@ -114,9 +114,9 @@ def initialize(
 
 
 def _norms(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """The norms of all as one tensor; nothing of none."""
+    """The norms of all as one fp64 tensor, nothing of none; fp32 sums on a CPU are too coarse."""
     held = [gradient for gradient in gradients if gradient.numel()]
-    return [torch.stack(torch._foreach_norm(held, 2, dtype=torch.float32))] if held else []
+    return [torch.stack(torch._foreach_norm(held, 2, dtype=torch.float64))] if held else []
 
 
 def _norm_at_once(zero: Any) -> Callable[..., Tensor]:
