@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kalmagrove.nn.common import wide
 from kalmagrove.nn.precision import Fp32Buffers
+from kalmagrove.nn.tally import Tally
 from kalmagrove.parallel import (
     Groups,
     Shard,
@@ -51,22 +52,27 @@ class Balanced(Fp32Buffers):
         self.dropped_S: Tensor | None = None  # which of them were beyond a capacity
 
     @property
-    def metrics(self) -> dict[str, Tensor]:
-        """Of the last forward pass, worked out when asked for: once a step, not a micro-batch.
-
-        `load` [G], the share of the choices; `load_max`, the largest share over the mean;
-        `load_cv`, standard deviation over the mean; with a capacity `dropped`, the share of the
-        choices that were.
-        """
-        found = {}
-        if self.count_G is not None:
-            load_G = self.count_G / self.count_G.sum().clamp(min=1)
-            mean = 1 / len(load_G)
-            spread = load_G.std(correction=0) / mean
-            found = {"load": load_G, "load_max": load_G.amax() / mean, "load_cv": spread}
+    def tally(self) -> Tally:
+        """Counts of the last forward pass."""
+        found: Tally = {} if self.count_G is None else {"count": self.count_G}
         if self.dropped_S is not None:
             found["dropped"] = self.dropped_S.float().mean()
         return found
+
+    @staticmethod
+    def shares(tally: Tally) -> dict[str, Tensor]:
+        """`load` [G], the share of the choices; with a capacity `dropped`, that of those beyond."""
+        found = {}
+        if "count" in tally:
+            found["load"] = tally["count"] / tally["count"].sum(-1, keepdim=True).clamp(min=1)
+        if "dropped" in tally:
+            found["dropped"] = tally["dropped"]
+        return found
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """The `shares` of the last forward pass, worked out when asked for."""
+        return self.shares(self.tally)
 
     @property
     def overlaps(self) -> bool:

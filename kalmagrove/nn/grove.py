@@ -19,11 +19,13 @@ from kalmagrove.nn.kan import (
     KANLayer,
     KANWeights,
     add_up,
+    edge_shares,
     init_kan,
     kan,
     project,
     routed_by,
 )
+from kalmagrove.nn.tally import Tally
 from kalmagrove.parallel import (
     Groups,
     Plan,
@@ -66,13 +68,19 @@ class GroveLayer(Balanced):
         self.uses: list[EdgeUse] = []
 
     @property
-    def metrics(self) -> dict[str, Tensor]:
-        """As `Balanced.metrics`, with mean and deviation of the gates, and as `EdgeUse.metrics`."""
-        found = super().metrics
+    def tally(self) -> Tally:
+        """As `Balanced.tally`, with mean and deviation of the gates and the `EdgeUse` of all."""
+        found = super().tally
         if self.gate_NK is not None:
-            found["gate_mean"] = self.gate_NK.mean().float()
-            found["gate_std"] = self.gate_NK.std(correction=0).float()
-        return found | (add_up(self.uses).metrics if self.uses else {})
+            found["gate_std"], found["gate_mean"] = torch.std_mean(self.gate_NK, correction=0)
+        return found | (add_up(self.uses).tally if self.uses else {})
+
+    @staticmethod
+    def shares(tally: Tally) -> dict[str, Tensor]:
+        """As `Balanced.shares` and `edge_shares`, with `gate_mean` and `gate_std`."""
+        found = Balanced.shares(tally)
+        found |= {name: tally[name].float() for name in ("gate_mean", "gate_std") if name in tally}
+        return found | (edge_shares(tally) if "seen" in tally else {})
 
     @torch.no_grad()
     def init_weights(self, std: float, out_std: float) -> None:

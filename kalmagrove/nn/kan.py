@@ -17,6 +17,7 @@ from kalmagrove.config import KAN
 from kalmagrove.nn import routing
 from kalmagrove.nn.common import FFNOutput, no_aux_loss
 from kalmagrove.nn.edge import EdgeActivation, normal_quantiles
+from kalmagrove.nn.tally import Tally
 from kalmagrove.parallel import Groups, TensorParallel, all_gather, normal_, parameter
 from kalmagrove_kernels.edge import BASES as BASE_FUNCTIONS
 from kalmagrove_kernels.edge import Kept
@@ -41,13 +42,19 @@ class EdgeUse(NamedTuple):
     used_M: Tensor  # 1 for an edge that some token kept
 
     @property
-    def metrics(self) -> dict[str, Tensor]:
-        """Shares: pre-activations out of range, energy of the kept edges, edges no token kept."""
-        return {
-            "out_of_range": self.outside / max(self.seen, 1),
-            "kept_share": self.kept / self.energy.clamp(min=1e-30),
-            "dead_edges": 1 - self.used_M.mean(),
-        }
+    def tally(self) -> Tally:
+        return self._asdict() | {"seen": self.outside.new_full((), self.seen)}
+
+
+def edge_shares(use: Tally) -> dict[str, Tensor]:
+    """Of an `EdgeUse`, or of those of several layers in a leading dimension: the shares of
+    pre-activations out of range, of energy in the kept edges, and of edges that no token kept.
+    """
+    return {
+        "out_of_range": use["outside"] / use["seen"].clamp(min=1),
+        "kept_share": use["kept"] / use["energy"].clamp(min=1e-30),
+        "dead_edges": 1 - use["used_M"].mean(-1),
+    }
 
 
 class Routed(NamedTuple):
@@ -153,10 +160,17 @@ class KANLayer(nn.Module):
         self.u = parameter(*shape, kind="matrix", shard=self.tp.piece(config.rank, dim=1))
         self.use: EdgeUse | None = None  # of the last forward pass
 
+    shares = staticmethod(edge_shares)
+
+    @property
+    def tally(self) -> Tally:
+        """The `EdgeUse` of the last forward pass, if there was one."""
+        return {} if self.use is None else self.use.tally
+
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """See `EdgeUse.metrics`; worked out when asked for: once a step, not a micro-batch."""
-        return {} if self.use is None else self.use.metrics
+        """See `edge_shares`; worked out when asked for."""
+        return edge_shares(self.tally) if self.tally else {}
 
     def init_weights(self, std: float, out_std: float) -> None:
         """See `init_kan`."""

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from kalmagrove.config import Model
 from kalmagrove.nn.block import Block
 from kalmagrove.nn.norm import RMSNorm
+from kalmagrove.nn.tally import metrics_of
 from kalmagrove.parallel import (
     Exchanged,
     Groups,
@@ -153,11 +154,12 @@ class Transformer(nn.Module):
 
     def metrics(self) -> dict[str, Tensor]:
         """Metrics of the last forward pass, detached, as `LAYER.NAME`: scalars, and loads [G]."""
+        attention, ffn = zip(*((block.attention, block.ffn) for block in self.layers), strict=True)
         return {
             f"{i}.{name}": value
-            for i, block in enumerate(self.layers)
-            for module in (block.attention, block.ffn)
-            for name, value in module.metrics.items()
+            for i, found in enumerate(zip(metrics_of(attention), metrics_of(ffn), strict=True))
+            for own in found
+            for name, value in own.items()
         }
 
     def traffic(self) -> Exchanged | None:

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from kalmagrove.config import KAN, Edge, Grove
 from kalmagrove.nn.grove import GroveLayer
 from kalmagrove.nn.kan import KANLayer
+from kalmagrove.nn.tally import metrics_of
 from kalmagrove.parallel import Groups
 
 pytestmark = pytest.mark.unit
@@ -110,13 +111,13 @@ def test_balancing_pushes_the_loads_together() -> None:
         module.manifold[0] *= 3  # a grove that would win every token
     x = torch.randn(1, 400, WIDTH)
     module(x)
-    first = float(module.metrics["load_max"])
+    first = 4 * float(module.metrics["load"].max())
     for _ in range(150):
         module.route(x[0])
         module.balance(Groups.single())
     module(x)
     assert first > 1.9
-    assert float(module.metrics["load_max"]) < 1.2
+    assert 4 * float(module.metrics["load"].max()) < 1.2
 
 
 def test_load_is_counted_in_training_only() -> None:
@@ -188,9 +189,20 @@ def test_metrics_are_of_the_last_forward_pass_whatever_became_of_the_weights() -
     module = layer(capacity=1.0)
     module(torch.randn(1, 12, WIDTH))
     before = {name: value.clone() for name, value in module.metrics.items()}
-    assert before.keys() > {"load", "load_max", "load_cv", "dropped", "gate_mean", "gate_std"}
+    assert before.keys() > {"load", "dropped", "gate_mean", "gate_std"}
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()
     assert module.metrics.keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in module.metrics.items())
+
+
+def test_metrics_of_many_layers_are_those_of_each() -> None:
+    layers = [layer(), layer(capacity=1.0), layer(), layer(shared=False)]
+    for module in layers:
+        module(torch.randn(1, 12, WIDTH))
+    idle = layer()
+    for module, found in zip([*layers, idle], metrics_of([*layers, idle]), strict=True):
+        assert found.keys() == module.metrics.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, module.metrics[name], msg=name)

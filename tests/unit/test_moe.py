@@ -144,8 +144,6 @@ def test_metrics_measure_how_even_the_load_is() -> None:
     module.bias.copy_(torch.tensor([9.0, 9.0, 0.0, 0.0, 0.0]))
     module(torch.randn(1, 3, 8))
     assert module.metrics["load"].tolist() == [0.5, 0.5, 0.0, 0.0, 0.0]
-    assert float(module.metrics["load_max"]) == pytest.approx(2.5)
-    assert float(module.metrics["load_cv"]) == pytest.approx((0.06**0.5) / 0.2)
 
 
 def test_bf16_is_close_to_fp32() -> None:
