@@ -23,7 +23,7 @@ from kalmagrove.parallel import Groups, all_reduce_max, barrier
 from kalmagrove.track.phases import ALLTOALL
 
 SHALLOW, DEEP = 2, 8  # layers
-ROW = 256  # tokens of a rank
+ROW = 2048  # tokens of a rank: enough for the kernels of real steps, few enough that the GPU waits
 WARMUP = 3
 PASSES = ("forward", "backward", ALLTOALL)
 
