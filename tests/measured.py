@@ -55,19 +55,19 @@ def rows() -> Iterator[Row]:
 
 
 def unfitted() -> Iterator[Row]:
-    """Trainings whose memory nothing was fitted to. Of their times, the host's in `efficiency` are
-    a mean between these machines and others.
-    """
+    """Trainings whose memory nothing was fitted to; their steps were slower than today's code."""
     for record in json.loads((ROOT / "docs/results/plan-2xh200.json").read_text())["runs"]:
         yield from _layouts(record["name"], record)
 
 
 def on_the_spot() -> Iterator[Row]:
     """Trainings predicted with the host's times that were measured there: nothing was fitted."""
-    for record in json.loads((ROOT / "docs/results/host-h200.json").read_text())["runs"]:
-        if "host" in record:
-            host = HostTimes.of(record["host"], record["name"])
-            yield from _layouts(record["name"], record, host)
+    for name in ("host-h200.json", "host-2xh200.json"):
+        for record in json.loads((ROOT / "docs/results" / name).read_text())["runs"]:
+            if "host" in record:
+                host = HostTimes.of(record["host"], record["name"])
+                series = record.get("series", record["commit"])
+                yield from _layouts(f"{series}: {record['name']}", record, host)
 
 
 def _layouts(group: str, record: dict[str, Any], host: HostTimes | None = None) -> Iterator[Row]:

@@ -120,7 +120,7 @@ class Sample(Section):
 
 
 class Track(Section):
-    every: PositiveInt = 10  # steps between ledger and console lines
+    every: PositiveInt = 20  # steps between ledger and console lines
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "kalmagrove"
     entity: str | None = None

@@ -120,6 +120,8 @@ def _tabled(run: Run) -> Cost:
             passes += of("host_expert") * parts[0] / run.parallel.ep
         elif ffn == "grove" and path_of(model.backend, gpu=True) != "kernels":
             passes += of("host_groves_reference")
+        elif ffn == "grove" and run.parallel.ep > 1:
+            passes += of("host_ep")
         parameters += PARAMETERS[attention] + PARAMETERS[ffn]
     return Cost(
         again(run) * passes + zero * parameters + of("host_rest"),
