@@ -1,8 +1,8 @@
 """What ledger and budget cost a step: `python -m tests.meters_overhead [TURNS] [key=value ...]`.
 
-A small model takes ten steps with meters, then ten without, in turns, in one process and through
-the loop's own `_step`. Prints the medians of both, and what was measured inside the meters' calls,
-which is less noisy than the difference. Not a test: other programs disturb it.
+A small model takes twenty steps with meters, then twenty without, in turns, in one process and
+through the loop's own `_step`. Prints the medians of both, and what was measured inside the meters'
+calls, which is less noisy than the difference. Not a test: other programs disturb it.
 """
 
 import statistics
@@ -27,7 +27,7 @@ from kalmagrove.nn import build_model
 from kalmagrove.parallel import Groups
 from kalmagrove.track import build_meters
 
-STEPS = 10  # of a turn: those of one ledger line
+STEPS = 20  # of a turn: those of one ledger line
 SETTINGS = [
     "model=kan_nano", "model.vocab_size=2048", "data.seq_len=256", "batch.tokens=1024",
     "steps=1000000", "track.console=off", "track.wandb=disabled", "price=cpu", "budget.usd=1000",
