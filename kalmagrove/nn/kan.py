@@ -170,7 +170,7 @@ class KANLayer(nn.Module):
     @property
     def metrics(self) -> dict[str, Tensor]:
         """See `edge_shares`; worked out when asked for."""
-        return edge_shares(self.tally) if self.tally else {}
+        return {} if self.use is None else edge_shares(self.tally)
 
     def init_weights(self, std: float, out_std: float) -> None:
         """See `init_kan`."""

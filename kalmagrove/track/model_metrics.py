@@ -52,7 +52,7 @@ def to_scalars(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     """Plain numbers of metrics that are reduced over ranks and on the host.
 
     A `load` becomes load_cv (standard deviation over mean: 0 is even) and load_max (largest over
-    mean) of all ranks' tokens; a router's own figures, of one rank's tokens, give way to them. A
+    mean) of all ranks' tokens; figures of these names, of one rank's tokens, give way to them. A
     dotted prefix (`3.load`: layer 3) is kept, and the mean over all prefixes is added under the
     bare name.
     """
