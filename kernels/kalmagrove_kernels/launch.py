@@ -2,8 +2,13 @@
 
 `kernel[grid](...)` inspects every argument at every launch to find the compiled kernel: some 100 us
 for a kernel of many arguments. `Launcher` finds it by what makes a difference here.
+
+Numbers that differ from step to step, such as the rows that expert parallelism brings, belong into
+a kernel's `do_not_specialize`: a kernel that is compiled in the middle of a training holds up all
+ranks.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +23,8 @@ class Launcher:
 
     Triton compiles a kernel anew for other types of tensors, for addresses and integers that are
     multiples of 16 or not, for integers that are 1, and for other compile-time values and options:
-    these, and the device, are the key here. Tensors must be on the current device.
+    these, and the device, are the key here. Of integers in `do_not_specialize` only the type
+    counts. Tensors must be on the current device.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -27,7 +33,7 @@ class Launcher:
         self.compiled: dict[Any, Any] = {}
         if not self.interpreted:
             self.names = tuple(parameter.name for parameter in kernel.params)
-            self.constant = tuple(parameter.is_constexpr for parameter in kernel.params)
+            self.kinds = tuple(map(_kind_of, kernel.params))
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
         if self.interpreted:
@@ -37,16 +43,24 @@ class Launcher:
         key = (
             torch.cuda.current_device(),
             *[named.get(option) for option in OPTIONS],
-            *[
-                value if constant else _kind(value)
-                for value, constant in zip(values, self.constant, strict=True)
-            ],
+            *[kind(value) for kind, value in zip(self.kinds, values, strict=True)],
         )
         compiled = self.compiled.get(key)
         if compiled is None:
             self.compiled[key] = self.kernel[grid](*arguments, **named)
             return
         compiled[(*grid, 1, 1)[:3]](*values)
+
+
+def _kind_of(parameter: Any) -> Callable[[Any], Any]:
+    """What of an argument makes a difference."""
+    if parameter.is_constexpr:
+        return lambda value: value
+    return _type if parameter.do_not_specialize else _kind
+
+
+def _type(argument: int) -> bool:
+    return argument >= 2**31
 
 
 def _kind(argument: Any) -> Any:

@@ -1,11 +1,13 @@
 """Compiles the Triton kernels that an op launches, for a GPU that need not be there.
 
-    python tests/kernels/compile_ops.py ada [--arch 80] [--more]
+    python tests/kernels/compile_ops.py ada [--arch 80] [--more | --rows]
 
 The ops run forward and backward on CPU tensors; every launch is specialised by Triton as a real one
 would be (an integer that is 1 becomes a constant), is compiled down to machine code, and is not
-run. No op looks at what its kernels write. Prints a `Report` as JSON. A process of its own, without
-TRITON_INTERPRET: the tests beside this file have Triton's interpreter in the place of its compiler.
+run. No op looks at what its kernels write. Prints a `Report` as JSON; with --rows its launches are
+those that were compiled anew for other numbers of rows than the first. A process of its own,
+without TRITON_INTERPRET: the tests beside this file have Triton's interpreter in the place of its
+compiler.
 Letters: B batch, T tokens, H heads, D width, C channels, R rank, K kept, G groves.
 """
 
@@ -39,7 +41,8 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory a program ma
 
 class Report(NamedTuple):
     kernels: list[str]  # those of the op's package, launched or not
-    launches: list[dict[str, Any]]  # kernel, arguments, integers that may become constants, error
+    # kernel, arguments, integers that may become constants, what was compiled, error
+    launches: list[dict[str, Any]]
 
 
 class Sizes(NamedTuple):
@@ -58,6 +61,7 @@ LONE = Sizes(1, 640, 1, 64, 1, 64, 1, 1)  # one of each, of the sizes that model
 EVEN = Sizes(2, 640, 16, 64, 16, 64, 4, 16)  # multiples of 16 where they may be
 ODD = Sizes(3, 601, 3, 23, 5, 33, 3, 3)
 BRIEF = EVEN._replace(tokens=1)
+ROWS = (601, 640, 1024, 4096, 5003)  # as differ between the steps of a training with groves
 LARGE = EVEN._replace(heads=2, width=256, rank=256)
 BEYOND = EVEN._replace(rank=300)  # more ranks than a tile takes
 
@@ -274,9 +278,10 @@ def compile_launches(arch: int, launches: list[dict[str, Any]]) -> None:
         del warmup  # always
         names = (parameter.name for parameter in self.params)
         given = dict(zip(names, arguments, strict=False)) | named
-        error = None
+        error = variant = None
         try:
             compiled = compile_only(self, *arguments, grid=grid, warmup=True, **named)
+            variant = compiled.hash
             used = compiled.metadata.shared
             if used > SHARED[arch]:
                 error = f"{used} bytes of shared memory are more than {SHARED[arch]}"
@@ -292,6 +297,7 @@ def compile_launches(arch: int, launches: list[dict[str, Any]]) -> None:
                     if isinstance(given.get(parameter.name), int)
                     and not (parameter.is_constexpr or parameter.do_not_specialize)
                 },
+                "variant": variant,
                 "error": error,
             }
         )
@@ -300,14 +306,30 @@ def compile_launches(arch: int, launches: list[dict[str, Any]]) -> None:
     JITFunction.run = run
 
 
+def later(op: str, launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Launches that were compiled for another number of rows, not for the first."""
+    first, *others = (Call(EVEN._replace(tokens=rows)) for rows in ROWS)
+    OPS[op](first)
+    known = {launch["variant"] for launch in launches}
+    assert launches and None not in known
+    for call in others:
+        OPS[op](call)
+    new = {launch["variant"]: launch for launch in launches if launch["variant"] not in known}
+    return list(new.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("op", choices=OPS)
     parser.add_argument("--arch", type=int, choices=SHARED, default=90)
     parser.add_argument("--more", action="store_true")
+    parser.add_argument("--rows", action="store_true")
     words = parser.parse_args()
     report = Report([] if words.op == "fault" else kernels_of(words.op), [])
     compile_launches(words.arch, report.launches)
+    if words.rows:
+        print(json.dumps(Report(report.kernels, later(words.op, report.launches))._asdict()))
+        return
     for options in calls(words.op):
         OPS[words.op](**options)
     if words.more:

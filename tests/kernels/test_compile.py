@@ -71,3 +71,15 @@ def test_an_argument_that_becomes_a_constant_is_noticed() -> None:
     (failure, *_) = failures(compiled("fault"))
     assert failure.startswith("__main__.one_as_tensor(out=float32, one=1): CompilationError")
     assert "'int' object has no attribute 'to'" in failure
+
+
+@pytest.mark.parametrize("op", ["edge", "permute", "projection"])
+def test_nothing_is_compiled_anew_for_another_number_of_rows(op: str) -> None:
+    """With expert parallelism it differs in every layer of every step."""
+    new = compiled(op, "--rows")["launches"]
+    assert not new, "\n".join(f"{launch['kernel']}({launch['arguments']})" for launch in new)
+
+
+def test_a_kernel_that_is_compiled_anew_is_noticed() -> None:
+    (launch,) = compiled("fault", "--rows")["launches"]
+    assert launch["arguments"].startswith("out=float32, one=")  # a multiple of 16; 601 is none

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kalmagrove_kernels.launch import cdiv, power_of_2
+from kalmagrove_kernels.launch import Launcher, cdiv, power_of_2
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Numbers of o that a program holds at once; programs of the backward pass at most.
@@ -108,6 +108,9 @@ def _tile(elements: int, values: int) -> dict[str, int]:
     return {"ROWS": rows, "WIDTH": width, "VALUES": values, "num_warps": 4}
 
 
+FORWARD, BACKWARD = Launcher(_forward), Launcher(_backward)
+
+
 class _NormGate(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -123,7 +126,7 @@ class _NormGate(torch.autograd.Function):
             values = o_BTHV.shape[-1]
             tile, count = _tile(TILES["forward"], values), o_BTHV.numel() // values
             grid = (cdiv(count, tile["ROWS"]),)
-            _forward[grid](o_BTHV, g_BTHV, weight_V, y_BTHV, count, eps, **tile)
+            FORWARD(grid, o_BTHV, g_BTHV, weight_V, y_BTHV, count, eps, **tile)
         return y_BTHV
 
     @staticmethod
@@ -141,7 +144,8 @@ class _NormGate(torch.autograd.Function):
         partial_XV = None
         if weight_V is not None:
             partial_XV = o_BTHV.new_empty(programs, values, dtype=torch.float32)
-        _backward[(programs,)](
+        BACKWARD(
+            (programs,),
             dy_BTHV.contiguous(),
             o_BTHV,
             g_BTHV,

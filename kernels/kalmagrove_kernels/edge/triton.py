@@ -25,6 +25,7 @@ from kalmagrove_kernels.edge.triton_basis import (
     tabulated,
 )
 from kalmagrove_kernels.edge.triton_select import keep
+from kalmagrove_kernels.launch import Launcher
 
 # Elements of h a one-warp program holds; pairs a step of the backward pass takes; its programs.
 TILES = {"forward_elements": 512, "backward_pairs": 64, "backward_programs": 528}
@@ -181,6 +182,9 @@ def _backward(
     tl.store(partial + out, total, mask=(channels[:, None] < edges) & (places <= SIZE))
 
 
+TABULATE, FORWARD, BACKWARD = map(Launcher, (_tabulate, _forward, _backward))
+
+
 def tabulate(coef_GMP: Tensor, width: int, constants: dict[str, Any]) -> Tensor:
     """The coefficients as `evaluate` wants them, fp32 [G, terms, width]."""
     groves, edges, _ = coef_GMP.shape
@@ -189,7 +193,7 @@ def tabulate(coef_GMP: Tensor, width: int, constants: dict[str, Any]) -> Tensor:
     rows = count_terms(shape["KIND"], shape["DEGREE"], shape["GRID"], shape["SIZE"])
     table = coef_GMP.new_empty(groves, rows, width, dtype=torch.float32)
     grid = triton.cdiv(rows, 32), groves
-    _tabulate[grid](coef_GMP, table, edges, ROWS=32, WIDTH=width, **shape)
+    TABULATE(grid, coef_GMP, table, edges, ROWS=32, WIDTH=width, **shape)
     return table
 
 
@@ -223,7 +227,8 @@ def gradients(
     splits = max(splits, 1)
     partial = h_NM.new_empty(splits, groves, edges, size + 1, dtype=torch.float32)
     dh_NM = torch.zeros_like(h_NM)
-    _backward[(groves, splits)](
+    BACKWARD(
+        (groves, splits),
         dvalue_NK.float().contiguous(),
         index_NK,
         h_NM,
@@ -271,7 +276,8 @@ class _EdgeTopK(torch.autograd.Function):
         rows = max(1, TILES["forward_elements"] // width)
         programs = triton.cdiv(tokens, rows)
         value_NK, index_NK, partial = outputs(h_NM, k, given_NK, programs)
-        _forward[(programs,)](
+        FORWARD(
+            (programs,),
             h_NM,
             group_N,
             tabulate(coef.view(-1, *coef.shape[-2:]), width, constants),

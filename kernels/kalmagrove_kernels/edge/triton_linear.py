@@ -17,6 +17,7 @@ from kalmagrove_kernels.edge.reference import Kept
 from kalmagrove_kernels.edge.triton import gradients, outputs, padded, tabulate
 from kalmagrove_kernels.edge.triton_basis import describe
 from kalmagrove_kernels.edge.triton_select import keep
+from kalmagrove_kernels.launch import Launcher
 
 MOST_EDGES = 256
 # Rows and depth (in bytes) of a tile by its padded width; warps; stages.
@@ -97,6 +98,9 @@ def _linear(
     )
 
 
+LINEAR = Launcher(_linear)
+
+
 class _EdgeTopKLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -117,7 +121,8 @@ class _EdgeTopKLinear(torch.autograd.Function):
         h_NM = x_ND.new_empty(tokens, edges)
         value_NK, index_NK, partial = outputs(h_NM, k, given_NK, programs)
         ieee = torch.get_float32_matmul_precision() == "highest"
-        _linear[(programs,)](
+        LINEAR(
+            (programs,),
             x_ND,
             w_MD,
             h_NM,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kalmagrove_kernels.launch import Launcher
 from kalmagrove_kernels.permute.reference import Sorted
 
 BLOCK = 256  # pairs a program: comparisons grow with S * BLOCK, the table of counts with S / BLOCK
@@ -30,16 +31,18 @@ def sort_pairs(index_NK: Tensor, channels: int) -> Sorted:
     count = rank_S.new_zeros(1 + channels * blocks)
     start_C1 = rank_S.new_empty(channels + 1)
     grid: Any = (blocks,)
-    _rank[grid](index_S, rank_S, count, pairs, blocks, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=8)
+    RANK(grid, index_S, rank_S, count, pairs, blocks, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=8)
     first = count.cumsum(0, dtype=torch.int32)  # of (channel, block), at channel * blocks + block
     grid = (max(blocks, triton.cdiv(channels + 1, BLOCK)),)
-    _place[grid](
-        index_S, rank_S, first, order_S, place_S, start_C1, pairs, blocks, channels, BLOCK=BLOCK
+    PLACE(
+        grid,
+        *(index_S, rank_S, first, order_S, place_S, start_C1, pairs, blocks, channels),
+        BLOCK=BLOCK,
     )
     return Sorted(order_S, place_S, start_C1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "blocks"])
 def _rank(  # type: ignore[no-untyped-def]
     index_S, rank_S, count, pairs, blocks, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ) -> None:
@@ -62,7 +65,7 @@ def _rank(  # type: ignore[no-untyped-def]
     tl.store(count + slot, rank + 1, mask=(pair < pairs) & (rank + 1 == total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "blocks", "channels"])
 def _place(  # type: ignore[no-untyped-def]
     index_S, rank_S, first, order_S, place_S, start_C1, pairs, blocks, channels, BLOCK: tl.constexpr
 ) -> None:
@@ -75,3 +78,6 @@ def _place(  # type: ignore[no-untyped-def]
     place += tl.load(rank_S + i, mask=live, other=0)
     tl.store(order_S + place, i, mask=live)
     tl.store(place_S + i, place, mask=live)
+
+
+RANK, PLACE = Launcher(_rank), Launcher(_place)

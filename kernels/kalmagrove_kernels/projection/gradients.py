@@ -39,7 +39,7 @@ def _through_act(
     return dgate
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "usual"])
 def rank_backward_kernel(
     dy_ND,
     u_CRD,
@@ -88,7 +88,7 @@ def rank_backward_kernel(
     tl.store(dgate_S + pair, dgate.to(dgate_S.dtype.element_ty), mask=row < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split"])
 def weights_kernel(
     a_SR,
     dy_ND,
@@ -98,6 +98,7 @@ def weights_kernel(
     dv_CRD,
     order_S,
     start_C1,
+    split,
     K: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
@@ -105,17 +106,16 @@ def weights_kernel(
     RANKS: tl.constexpr,
     DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """du_c = a^T dy and dv_c = dz^T x over one part of a channel's rows: [SPLIT, C, R, D].
+    """du_c = a^T dy and dv_c = dz^T x over one part of a channel's rows: [split, C, R, D].
 
     Axes: channel (fastest: programs that run at once then read the same columns of x or dy, which
     stay in the L2 cache); columns, the parts of each; blocks of ranks of du, then of dv.
     """
     channel = tl.program_id(0)
-    part = tl.program_id(1) % SPLIT
+    part = tl.program_id(1) % split
     block = tl.program_id(2)
     blocks: tl.constexpr = (R + RANKS - 1) // RANKS
     if block < blocks:
@@ -123,9 +123,9 @@ def weights_kernel(
     else:
         left_SR, right_ND, out_CRD = dz_SR, x_ND, dv_CRD
     rank = (block % blocks) * RANKS + tl.arange(0, RANKS)
-    column = tl.program_id(1) // SPLIT * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(1) // split * COLUMNS + tl.arange(0, COLUMNS)
     begin, end = tl.load(start_C1 + channel), tl.load(start_C1 + channel + 1)
-    rows = (end - begin + SPLIT * DEPTH - 1) // (SPLIT * DEPTH) * DEPTH  # of a part
+    rows = (end - begin + split * DEPTH - 1) // (split * DEPTH) * DEPTH  # of a part
     begin += part * rows
     sums = tl.zeros([RANKS, COLUMNS], tl.float32)
     for first in tl.range(begin, tl.minimum(begin + rows, end), DEPTH, num_stages=STAGES):

@@ -96,7 +96,7 @@ def _act(z, INNER_SILU: tl.constexpr):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "usual"])
 def rank_kernel(
     x_ND,
     w_CRD,
@@ -200,7 +200,7 @@ def _store_columns(
         tl.store(out_S1 + column, out, mask=live & (column < D), eviction_policy=EVICT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "usual"])
 def expand_kernel(
     z_SR,
     gate_S,
@@ -264,7 +264,7 @@ def expand_kernel(
             tl.store(out_S1 + column, sums.to(out_SD.dtype.element_ty), mask=live & (column < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "usual"])
 def fused_kernel(
     x_ND,
     gate_S,
@@ -310,7 +310,7 @@ def fused_kernel(
     _store_columns(a, u_CRD + w_offset, out_S1, live, 0, D, D, R, COLUMNS, STAGES, EVICT, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def combine_kernel(
     rows_SD,
     y_ND,

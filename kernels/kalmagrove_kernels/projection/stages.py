@@ -229,11 +229,13 @@ def weights(
         # Rows found through `order` take two steps of the pipeline a buffer, others one.
         tile = replace(tile, stages=(tile.stages + 1) // 2)
     blocks, columns = cdiv(ranks, tile.ranks) * len(left), cdiv(width, tile.columns)
-    split = _parts(channels * columns * blocks, len(left[0]) // max(1, channels), tile)
-    if split == 1:
-        outs = [a.new_empty(channels, ranks, width) for a in left]
-    else:
+    programs = channels * columns * blocks
+    split = _parts(programs, len(left[0]) // max(1, channels), tile)
+    few = 2 * programs <= PROGRAMS  # whatever the rows are, as a kernel is compiled for a dtype
+    if few:
         outs = [a.new_empty(split, channels, ranks, width, dtype=torch.float32) for a in left]
+    else:
+        outs = [a.new_empty(channels, ranks, width) for a in left]
     if outs[0].numel():
         grid: Any = (channels, columns * split, blocks)
         WEIGHTS_KERNEL(
@@ -246,6 +248,7 @@ def weights(
             outs[-1],
             order_S,
             start_C1,
+            split,
             K=kept,
             D=width,
             R=ranks,
@@ -253,10 +256,9 @@ def weights(
             RANKS=tile.ranks,
             DEPTH=tile.depth,
             COLUMNS=tile.columns,
-            SPLIT=split,
             **_compiled(left[0], tile),
         )
-    return outs if split == 1 else [out.sum(0).to(left[0].dtype) for out in outs]
+    return [out.sum(0).to(left[0].dtype) for out in outs] if few else outs
 
 
 def combine(rows_SD: Tensor, tokens: int, *, tile: Tile | None = None) -> Tensor:
