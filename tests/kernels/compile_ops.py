@@ -311,7 +311,8 @@ def later(op: str, launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first, *others = (Call(EVEN._replace(tokens=rows)) for rows in ROWS)
     OPS[op](first)
     known = {launch["variant"] for launch in launches}
-    assert launches and None not in known
+    assert launches
+    assert None not in known
     for call in others:
         OPS[op](call)
     new = {launch["variant"]: launch for launch in launches if launch["variant"] not in known}
