@@ -73,7 +73,7 @@ class GroveLayer(Balanced):
         found = super().tally
         if self.gate_NK is not None:
             found["gate_std"], found["gate_mean"] = torch.std_mean(self.gate_NK, correction=0)
-        return found | (add_up(self.uses).tally if self.uses else {})
+        return found | (add_up(self.uses) if self.uses else {})
 
     @staticmethod
     def shares(tally: Tally) -> dict[str, Tensor]:

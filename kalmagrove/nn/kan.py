@@ -33,17 +33,29 @@ class KANWeights(NamedTuple):
 
 
 class EdgeUse(NamedTuple):
-    """What a forward pass did with its edges, as sums that add up over groves. Detached, fp32."""
+    """What a forward pass did with its edges. Detached."""
 
     seen: int  # pre-activations
-    outside: Tensor  # of these, outside the range
-    kept: Tensor  # energy: sum of squares of the kept edges
-    energy: Tensor  # of all edges
-    used_M: Tensor  # 1 for an edge that some token kept
+    outside: Tensor  # of these, outside the range: fp32 scalar
+    energy: Tensor  # sum of squares of all edges: fp32 scalar
+    value_NK: Tensor  # of the kept edges
+    index_NK: Tensor  # the kept edges
+    channels: int  # M, of all groves that the indices number
 
     @property
     def tally(self) -> Tally:
-        return self._asdict() | {"seen": self.outside.new_full((), self.seen)}
+        """Sums, fp32, that add up over groves; worked out when asked for.
+
+        kept: sum of squares of the kept edges. used_M: 1 for an edge that some token kept.
+        """
+        unused_M = torch.zeros(self.channels, device=self.index_NK.device)
+        return {
+            "seen": self.outside.new_full((), self.seen),
+            "outside": self.outside,
+            "kept": self.value_NK.square().sum().float(),
+            "energy": self.energy,
+            "used_M": unused_M.scatter_(0, self.index_NK.flatten(), 1.0),
+        }
 
 
 def edge_shares(use: Tally) -> dict[str, Tensor]:
@@ -86,13 +98,14 @@ def route(
     e_NM = edge(h_NM, grove)
     value_NM, index_NK = routing.straight_through(e_NM, config.top_k, config.routing_width)
     with torch.no_grad():
-        square_NM = e_NM.float().square()
+        wide_NM = e_NM.float()
         use = EdgeUse(
             seen=e_NM.numel(),
             outside=edge.outside(h_NM, grove),
-            kept=square_NM.gather(1, index_NK).sum(),
-            energy=square_NM.sum(),
-            used_M=_used(index_NK, h_NM.shape[1]),
+            energy=wide_NM.square().sum(),
+            value_NK=wide_NM.gather(1, index_NK),
+            index_NK=index_NK,
+            channels=h_NM.shape[1],
         )
     return Routed(value_NM.to(h_NM.dtype), index_NK), use
 
@@ -102,9 +115,10 @@ def routed_by(kept: Kept, h_NM: Tensor, channels: int) -> tuple[Routed, EdgeUse]
     use = EdgeUse(
         seen=h_NM.numel(),
         outside=kept.outside,
-        kept=kept.value_NK.detach().square().sum().float(),
         energy=kept.energy,
-        used_M=_used(kept.index_NK, channels),
+        value_NK=kept.value_NK.detach(),
+        index_NK=kept.index_NK,
+        channels=channels,
     )
     return Routed(kept.value_NK.to(h_NM.dtype), kept.index_NK), use
 
@@ -127,15 +141,13 @@ def project(
     return dense_masked(x_ND, routed.value_NX, v_MRD, u_MRD, inner_silu=config.inner_silu)
 
 
-def _used(index_NK: Tensor, channels: int) -> Tensor:
-    return torch.zeros(channels, device=index_NK.device).scatter_(0, index_NK.flatten(), 1.0)
-
-
-def add_up(uses: list[EdgeUse]) -> EdgeUse:
-    """The use of several layers' edges as that of one."""
-    seen, outside, kept, energy, used_M = zip(*uses, strict=True)
-    sums_3 = torch.stack([*outside, *kept, *energy]).view(3, len(uses)).sum(1)
-    return EdgeUse(sum(seen), sums_3[0], sums_3[1], sums_3[2], torch.cat(used_M))
+def add_up(uses: list[EdgeUse]) -> Tally:
+    """The tally of several layers' edges as that of one."""
+    tallies = [use.tally for use in uses]
+    found = {"used_M": torch.cat([tally["used_M"] for tally in tallies])}
+    names = ("seen", "outside", "kept", "energy")
+    sums = torch.stack([tally[name] for name in names for tally in tallies])
+    return found | dict(zip(names, sums.view(len(names), len(uses)).sum(1), strict=True))
 
 
 class KANLayer(nn.Module):

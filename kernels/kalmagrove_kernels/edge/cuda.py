@@ -174,6 +174,7 @@ class _EdgeTopK(torch.autograd.Function):
         ctx.shape = shape
         ctx.save_for_backward(h_NM, coef, scale, range_, group_N, kept_NK)
         ctx.mark_non_differentiable(kept_NK, energy, outside)
+        ctx.set_materialize_grads(False)
         return value_NK, kept_NK, energy, outside
 
     @staticmethod

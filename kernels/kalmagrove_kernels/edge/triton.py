@@ -301,6 +301,7 @@ class _EdgeTopK(torch.autograd.Function):
         ctx.constants = constants
         energy, outside = partial.sum(0).unbind()
         ctx.mark_non_differentiable(index_NK, energy, outside)
+        ctx.set_materialize_grads(False)
         return value_NK, index_NK, energy, outside
 
     @staticmethod
