@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
     From Zhang and Sennrich, arXiv:1910.07467. `forward` takes [..., width] and returns the same
-    shape and type.
+    shape and type. PyTorch's kernel reads narrow types, computes in fp32 and rounds once.
 
     through: what the weight passes on its way to x, which makes its gradient whole where
     tensor-parallel ranks apply it to different x (`TensorParallel.stream` or `.shared`); None:
@@ -36,7 +36,6 @@ class RMSNorm(nn.Module):
         self.weight.kind = "norm"  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(upcast(x).dtype)
-        if self.through is not None:
-            weight = self.through(weight)
-        return F.rms_norm(upcast(x), weight.shape, weight, self.eps).to(x.dtype)
+        weight = self.weight if self.through is None else self.through(self.weight)
+        wider = torch.promote_types(x.dtype, weight.dtype)  # the kernel takes one type
+        return F.rms_norm(x.to(wider), weight.shape, weight.to(wider), self.eps).to(x.dtype)
