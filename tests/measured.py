@@ -27,10 +27,18 @@ BEFORE = {
 }
 
 
+# Whose norms kept their inputs in fp32, not in the type of the weights.
+WIDE_NORMS = {
+    "164da1b", "133198c", "7363eac", "1b550a9", "35ba44d", "5f85ca0", "f49308b", "56bda0d",
+    "ab2374a",
+}  # fmt: skip
+
+
 class Row(NamedTuple):
     group: str
     name: str
     prediction: Prediction
+    predicted_bytes: int  # of that commit
     seconds: float  # of a step, median
     peak_bytes: int
 
@@ -40,7 +48,7 @@ class Row(NamedTuple):
 
     @property
     def memory_error(self) -> float:
-        return self.prediction.peak_bytes / self.peak_bytes - 1
+        return self.predicted_bytes / self.peak_bytes - 1
 
 
 def rows() -> Iterator[Row]:
@@ -80,8 +88,7 @@ def _layouts(group: str, record: dict[str, Any], host: HostTimes | None = None) 
             continue
         run = load(_with(tree, layout["overrides"]))
         name = ", ".join([*chosen, layout["layout"]])
-        seconds = statistics.median(layout["step_seconds"])
-        yield _row(group, name, run, record["ranks"], seconds, layout["peak_bytes"], host)
+        yield _row(group, name, run, record["commit"], record["ranks"], layout, host)
 
 
 def _with(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -99,28 +106,44 @@ def _lengths(path: Path) -> Iterator[Row]:
         contender.attention: contender.first
         for contender in contenders(["ada", "hybrid", "softmax"], (1024,), 131072, DEFAULTS)
     }
-    for record in json.loads(path.read_text())["records"]:
+    file = json.loads(path.read_text())
+    commit = file["header"]["commit"]
+    for record in file["records"]:
         name, length = record["attention"], record["length"]
         run = first[name]
         data = run.data.model_copy(update={"seq_len": length})
         batch = run.batch.model_copy(update={"micro": 131072 // length})
         run = run.model_copy(update={"data": data, "batch": batch})
-        seconds = statistics.median(record["step_seconds"])
-        yield _row(path.stem, f"{name}, rows of {length:,}", run, 1, seconds, record["peak_bytes"])
+        yield _row(path.stem, f"{name}, rows of {length:,}", run, commit, 1, record)
 
 
 def _row(
     group: str,
     name: str,
     run: Run,
+    commit: str,
     ranks: int,
-    seconds: float,
-    peak: int,
+    found: dict[str, Any],
     host: HostTimes | None = None,
 ) -> Row:
     cluster = machine_of("NVIDIA H200", ranks, None)
     assert cluster is not None
-    return Row(group, name, predicted(run, cluster, run.batch.tokens, host), seconds, peak)
+    prediction = predicted(run, cluster, run.batch.tokens, host)
+    bytes_ = prediction.peak_bytes + (_wider_norms(run) if commit[:7] in WIDE_NORMS else 0)
+    seconds = statistics.median(found["step_seconds"])
+    return Row(group, name, prediction, bytes_, seconds, found["peak_bytes"])
+
+
+def _wider_norms(run: Run) -> int:
+    """Bytes that norms kept more in fp32 than in bf16; none if blocks are computed again."""
+    if run.engine.activation_checkpointing:
+        return 0
+    model, layout, soft = run.model, run.parallel, run.model.attention.softmax
+    stream = 2 * model.d_model / (layout.tp if layout.sequence else 1)
+    heads = (soft.heads + soft.kv_heads) * (soft.head_dim or model.d_model // soft.heads)
+    attending = sum(model.attention_kind(i) == "softmax" for i in range(model.layers))
+    numbers = model.layers * stream + attending * soft.qk_norm * heads / layout.tp
+    return round(2 * numbers * run.batch.micro * run.data.seq_len / layout.cp)
 
 
 if __name__ == "__main__":
@@ -128,6 +151,6 @@ if __name__ == "__main__":
         print(
             f"| {row.group} | {row.name} | {row.seconds * 1e3:,.0f} | "
             f"{row.prediction.step_seconds * 1e3:,.0f} | {row.time_error:+.1%} | "
-            f"{row.peak_bytes / 1e9:.1f} | {row.prediction.peak_bytes / 1e9:.1f} | "
+            f"{row.peak_bytes / 1e9:.1f} | {row.predicted_bytes / 1e9:.1f} | "
             f"{row.memory_error:+.1%} |"
         )

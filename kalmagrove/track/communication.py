@@ -146,22 +146,22 @@ class _Tensor:
         return Sent(ring, ring) if self.run.parallel.sequence else Sent(2 * ring, 0)
 
     def shared(self, numbers: int, size: int | None = None) -> Sent:
-        """The all-reduced gradient of a whole weight; norms cast theirs to fp32 before."""
+        """The all-reduced gradient of a whole weight."""
         return Sent(0, 2 * self._ring(numbers * (size or self.size)))
 
-    def stream(self, numbers: int, size: int | None = None) -> Sent:
+    def stream(self, numbers: int) -> Sent:
         """The same, of a weight that is applied to the stream."""
-        return self.shared(numbers, size) if self.run.parallel.sequence else NOTHING
+        return self.shared(numbers) if self.run.parallel.sequence else NOTHING
 
     def ends(self) -> Sent:
         """Embedding, last norm, head, and three numbers a token for the loss."""
         D = self.run.model.d_model
         loss = Sent(3 * 2 * self._ring(self.tokens * FLOAT))
-        return self.leave(D) + self.stream(D, FLOAT) + self.enter(D) + loss
+        return self.leave(D) + self.stream(D) + self.enter(D) + loss
 
     def layer(self, layer: int) -> Sent:
         model = self.run.model
-        norms = self.stream(2 * model.d_model, FLOAT)
+        norms = self.stream(2 * model.d_model)
         attention = {"ada": self._ada, "softmax": self._softmax, "mla": self._mla}
         return norms + attention[model.attention_kind(layer)](layer) + self._ffn(layer)
 
@@ -169,7 +169,7 @@ class _Tensor:
         model, ada = self.run.model, self.run.model.attention.ada
         sent = self.enter(model.d_model) + self.leave(model.d_model)
         if ada.output_norm:
-            sent += self.shared(ada_head_dim(model), FLOAT)
+            sent += self.shared(ada_head_dim(model))
         if ada.kernel == "ode":
             sent += self.shared(sum(head_ranks(model, layer)) * ada.taps, FLOAT)
         return sent
@@ -177,7 +177,7 @@ class _Tensor:
     def _softmax(self, layer: int) -> Sent:
         D, soft = self.run.model.d_model, self.run.model.attention.softmax
         width = soft.head_dim or D // soft.heads
-        norms = self.shared(2 * width, FLOAT) if soft.qk_norm else NOTHING
+        norms = self.shared(2 * width) if soft.qk_norm else NOTHING
         return self.enter(D) + norms + self.leave(D)
 
     def _mla(self, layer: int) -> Sent:
@@ -185,7 +185,7 @@ class _Tensor:
         D, mla = self.run.model.d_model, self.run.model.attention.mla
         widths = mla.kv_rank + mla.rope_dim + (mla.q_rank or D)
         whole = self.stream((mla.kv_rank + mla.rope_dim + (mla.q_rank or 0)) * D)
-        norms = self.stream(mla.kv_rank + (mla.q_rank or 0), FLOAT)
+        norms = self.stream(mla.kv_rank + (mla.q_rank or 0))
         return self.enter(widths) + whole + norms + self.leave(D)
 
     def _ffn(self, layer: int) -> Sent:

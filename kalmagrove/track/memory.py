@@ -141,21 +141,21 @@ def layer_floats(run: Run, layer: int, path: Path = "reference") -> float:
     """Numbers that one block keeps for a token of this rank's piece, in the weights' precision."""
     model, layout = run.model, run.parallel
     D, tp, cp, kind = model.d_model, layout.tp, layout.cp, model.attention_kind(layer)
-    # Inputs of the norms, in fp32; inputs of the projections, which every rank has whole.
-    count: float = 4 * D / _stream_ranks(layout) + 2 * D
+    # Inputs of the norms; inputs of the projections, which every rank has whole.
+    count: float = 2 * D / _stream_ranks(layout) + 2 * D
     if kind == "ada":
         inner = _ada_floats(run, layer, path)
     elif kind == "softmax":
         soft = model.attention.softmax
-        head, norms = soft.head_dim or D // soft.heads, 2 * soft.qk_norm
-        # Queries and keys before their norms (fp32), what SDPA gets and gives, its output as the
+        head, norms = soft.head_dim or D // soft.heads, soft.qk_norm
+        # Queries and keys before their norms, what SDPA gets and gives, its output as the
         # projection's input. Keys and values of other ranks' tokens are gathered.
         inner = head * (norms * (soft.heads + soft.kv_heads) + 2 * soft.heads)
         inner += head * 2 * soft.kv_heads * cp
     else:
         mla = model.attention.mla
         key = mla.nope_dim + mla.rope_dim
-        count += 3 * (mla.q_rank or 0) + (cp + 2) * (mla.kv_rank + mla.rope_dim)
+        count += 2 * (mla.q_rank or 0) + (cp + 1) * (mla.kv_rank + mla.rope_dim)
         inner = mla.heads * (2 * key + 2 * mla.v_dim + (cp - 1) * (key + mla.v_dim))
     return count + inner / tp + _ffn_floats(run, layer, path)
 
