@@ -30,7 +30,7 @@ BEFORE = {
 # Whose norms kept their inputs in fp32, not in the type of the weights.
 WIDE_NORMS = {
     "164da1b", "133198c", "7363eac", "1b550a9", "35ba44d", "5f85ca0", "f49308b", "56bda0d",
-    "ab2374a",
+    "ab2374a", "f64f8a6",
 }  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def unfitted() -> Iterator[Row]:
 
 def on_the_spot() -> Iterator[Row]:
     """Trainings predicted with the host's times that were measured there: nothing was fitted."""
-    for name in ("host-h200.json", "host-2xh200.json"):
+    for name in ("host-h200.json", "host-2xh200.json", "host-h100.json"):
         for record in json.loads((ROOT / "docs/results" / name).read_text())["runs"]:
             if "host" in record:
                 host = HostTimes.of(record["host"], record["name"])
@@ -88,7 +88,7 @@ def _layouts(group: str, record: dict[str, Any], host: HostTimes | None = None) 
             continue
         run = load(_with(tree, layout["overrides"]))
         name = ", ".join([*chosen, layout["layout"]])
-        yield _row(group, name, run, record["commit"], record["ranks"], layout, host)
+        yield _row(group, name, run, record, record["ranks"], layout, host)
 
 
 def _with(tree: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -107,29 +107,28 @@ def _lengths(path: Path) -> Iterator[Row]:
         for contender in contenders(["ada", "hybrid", "softmax"], (1024,), 131072, DEFAULTS)
     }
     file = json.loads(path.read_text())
-    commit = file["header"]["commit"]
     for record in file["records"]:
         name, length = record["attention"], record["length"]
         run = first[name]
         data = run.data.model_copy(update={"seq_len": length})
         batch = run.batch.model_copy(update={"micro": 131072 // length})
         run = run.model_copy(update={"data": data, "batch": batch})
-        yield _row(path.stem, f"{name}, rows of {length:,}", run, commit, 1, record)
+        yield _row(path.stem, f"{name}, rows of {length:,}", run, file["header"], 1, record)
 
 
 def _row(
     group: str,
     name: str,
     run: Run,
-    commit: str,
+    record: dict[str, Any],
     ranks: int,
     found: dict[str, Any],
     host: HostTimes | None = None,
 ) -> Row:
-    cluster = machine_of("NVIDIA H200", ranks, None)
+    cluster = machine_of(record["gpu"], ranks, None)
     assert cluster is not None
     prediction = predicted(run, cluster, run.batch.tokens, host)
-    bytes_ = prediction.peak_bytes + (_wider_norms(run) if commit[:7] in WIDE_NORMS else 0)
+    bytes_ = prediction.peak_bytes + (_wider_norms(run) if record["commit"] in WIDE_NORMS else 0)
     seconds = statistics.median(found["step_seconds"])
     return Row(group, name, prediction, bytes_, seconds, found["peak_bytes"])
 
