@@ -74,19 +74,18 @@ def lines(record: dict[str, Any]) -> list[str]:
 
 def measure(run: Run, groups: Groups, attention: str, ffn: str, steps: int) -> dict[str, Any]:
     """Seconds of the host: `layer`, of one layer's forward and backward pass of a micro-batch;
-    `rest`, of those passes outside of layers; `optimizer_layer` and `optimizer_rest`, of the rest
-    of a step likewise.
+    `rest`, of those passes outside of layers; `forward_layer` and `forward_rest`, of the forward
+    pass alone, without all-to-alls; `optimizer_layer` and `optimizer_rest`, of the rest of a step.
     """
-    passes, optimizer = {}, {}
+    taken = {}
     for layers in (SHALLOW, DEEP):
-        passes[layers], optimizer[layers] = _step(
-            _narrowed(run, groups, attention, ffn, layers), groups, steps
-        )
+        taken[layers] = _step(_narrowed(run, groups, attention, ffn, layers), groups, steps)
         gc.collect()
     found: dict[str, Any] = {"attention": attention, "ffn": ffn}
-    for name, seconds in (("", passes), ("optimizer_", optimizer)):
-        layer = (seconds[DEEP] - seconds[SHALLOW]) / (DEEP - SHALLOW)
-        found |= {name + "layer": layer, name + "rest": seconds[SHALLOW] - SHALLOW * layer}
+    for i, name in enumerate(("", "forward_", "optimizer_")):
+        shallow, deep = taken[SHALLOW][i], taken[DEEP][i]
+        layer = (deep - shallow) / (DEEP - SHALLOW)
+        found |= {name + "layer": layer, name + "rest": shallow - SHALLOW * layer}
     return found
 
 
@@ -108,9 +107,9 @@ def _narrowed(run: Run, groups: Groups, attention: str, ffn: str, layers: int) -
     )
 
 
-def _step(run: Run, groups: Groups, steps: int) -> tuple[float, float]:
-    """Seconds of a step's forward and backward passes, and of its rest: medians, the slowest
-    rank's.
+def _step(run: Run, groups: Groups, steps: int) -> list[float]:
+    """Seconds of a step's forward and backward passes, of the forward pass alone, and of the rest
+    of the step: medians, the slowest rank's.
     """
     torch.manual_seed(run.seed)
     engine = build_engine(build_model(run.model, groups), run, groups)
@@ -125,10 +124,10 @@ def _step(run: Run, groups: Groups, steps: int) -> tuple[float, float]:
         engine.train_step([batch], number)
         after = engine.timer.seconds()  # waits for the GPU
         whole = time.perf_counter() - begun
-        passes = sum(after.get(phase, 0.0) - before.get(phase, 0.0) for phase in PASSES)
-        taken.append((passes, whole - passes))
+        spent = {phase: after.get(phase, 0.0) - before.get(phase, 0.0) for phase in PASSES}
+        passes = sum(spent.values())
+        taken.append((passes, spent["forward"], whole - passes))
         before = after
     medians = [statistics.median(column) for column in zip(*taken[WARMUP:], strict=True)]
     slowest = all_reduce_max(torch.tensor(medians, device=groups.device), groups.world)
-    passes, rest = slowest.tolist()
-    return passes, rest
+    return [float(seconds) for seconds in slowest]
