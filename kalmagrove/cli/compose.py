@@ -144,6 +144,10 @@ def _hydra(config_name: str, overrides: Sequence[str]) -> Iterator[None]:
             yield
     except (HydraException, OmegaConfBaseException) as error:
         raise _one_line(error, config_name, overrides) from None
+    except ValueError as error:  # of a group that is given null or a number
+        if not str(error).startswith("Config group override"):
+            raise
+        raise _no_option(error, overrides) from None
 
 
 def to_tree(cfg: DictConfig) -> dict[str, Any]:
@@ -226,6 +230,16 @@ def _overrides(argv: Sequence[str]) -> list[str]:
     takes_value = {"--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-dir", "-cd"}
     pairs = zip(["", *argv], argv, strict=False)
     return [word for last, word in pairs if not word.startswith("-") and last not in takes_value]
+
+
+def _no_option(error: ValueError, overrides: Sequence[str]) -> ConfigError:
+    for word in overrides:
+        group, _, value = word.lstrip("+~").partition("=")
+        options = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+        if options and value not in options:
+            remedy = f"try {', '.join(options)}, or leave it out"
+            return ConfigError(group, value, "is not an option", remedy)
+    return ConfigError("overrides", " ".join(overrides), f"cannot be composed: {error}")
 
 
 def _one_line(error: Exception, config_name: str, overrides: Sequence[str]) -> ConfigError:

@@ -1,235 +1,242 @@
 """`kalmagrove plan`: layouts of a run on a cluster, ranked; and models side by side."""
 
 import json
+import math
+import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kalmagrove.cli.compose import compose_tree, hydra_app
-from kalmagrove.config import ConfigError, Plan, validate
+from kalmagrove.cli.compose import compose_tree, hydra_app, sweep_points
+from kalmagrove.config import ConfigError, Plan, Run, validate
 from kalmagrove.config.counts import parameter_count
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from kalmagrove.plan import Prediction, Search
 
-TOKENS_PER_PARAMETER = (
-    20  # about what Hoffmann et al. (arXiv:2203.15556) find best for dense models
-)
-SOURCE = (("kan_340b", 230e3), ("moe_340b", 2.1e6))  # its table 1, for KAN-340B and DeepSeek-R1
+PLANS_OWN = {"cluster", "tokens", "search", "compare", "host", "show", "out", "price"}
+# What `command` says itself: keys, and sections that it says wholly.
+SAID = {"model", "zero", "zero.stage", "data.seq_len", "launch.nproc"}
+SAID |= {"engine.precision", "engine.activation_checkpointing"}
+SECTIONS = {"parallel", "batch", *PLANS_OWN}
+SHARED = {"model", "data", "zero", "optim", "engine", "hydra"}  # both have them: `+` stays
+
+
+class Planned(NamedTuple):
+    """A model on the cluster: layouts that fit, or why there is none."""
+
+    name: str
+    words: Sequence[str]  # that ask for it
+    result: "Search"
+    plan: Plan | None = None  # as it was asked for, its vocabulary known; None: it cannot be loaded
+    trained_vocabulary: bool = False  # which a tokenizer will decide that is trained on the corpus
+    error: ConfigError | None = None
+
+    @property
+    def best(self) -> "Prediction | None":
+        return self.result.found[0] if self.result.found else None
 
 
 def main(argv: Sequence[str]) -> int:
     """Plan as `argv` says (Hydra overrides); returns the exit code."""
+    words = [word for word in argv if not word.startswith("-") and "=" in word]
+    if {"-m", "--multirun"} & set(argv):
+        points = sweep_points("plan", words)
+        plans = [validate(Plan, compose_tree("plan", point)) for point in points]
+        return max(_plan(plan, point) for plan, point in zip(plans, points, strict=True))
+    return hydra_app(
+        "plan", argv, lambda tree: validate(Plan, tree), lambda plan, _: _plan(plan, words)
+    )
 
-    def task(wanted: Plan, in_sweep: bool) -> int:
-        return _plan(wanted, argv)
 
-    return hydra_app("plan", argv, lambda tree: validate(Plan, tree), task)
-
-
-def _plan(wanted: Plan, argv: Sequence[str]) -> int:
+def _plan(wanted: Plan, words: Sequence[str]) -> int:
     from rich.console import Console
 
+    from kalmagrove.cli import plan_table
     from kalmagrove.cli.dry_run import with_vocabulary
 
     if wanted.engine.precision == "fp32":
         rule = "is not planned for: what is measured is bf16"
         raise ConfigError("engine.precision", "fp32", rule, "use engine.precision=bf16")
-    first = with_vocabulary(wanted)[0]
-    plans = [first, *(with_vocabulary(_other(name, argv))[0] for name in wanted.compare)]
-    tokens = wanted.tokens or TOKENS_PER_PARAMETER * parameter_count(first.model).total
-    console = Console()
-    results = [(plan, _search(plan, tokens)) for plan in plans]
-    for plan, result in results:
-        _show_layouts(console, plan, result)
-    _show_best(console, results[0][1].found[0])
-    if len(results) > 1:
-        _show_side_by_side(console, [result.found[0] for _, result in results], tokens)
-    _show_limits(console, wanted, [result.found[0] for _, result in results], tokens)
     if wanted.out is not None:
-        _write(Path(wanted.out), results)
+        _check_out(Path(wanted.out))
+    others = [_other(name, words) for name in wanted.compare]
+    size = parameter_count(with_vocabulary(wanted)[0].model).total
+    tokens = wanted.tokens or plan_table.TOKENS_PER_PARAMETER * size
+    planned = [planned_of(wanted, words, tokens)]
+    planned += [_compared(name, told, tree, tokens) for name, told, tree in others]
+    console = Console()
+    for one in planned:
+        if one.best is not None:
+            plan_table.show_layouts(console, one)
+            _show_command(one)
+        elif one.result.refused:
+            plan_table.show_refused(console, one)
+    fitting = [one.best for one in planned if one.best is not None]
+    if planned[0].best is not None:
+        plan_table.show_parts(console, planned[0].best)
+    if len(planned) > 1:
+        plan_table.show_side_by_side(console, planned, tokens)
+    if fitting:
+        plan_table.show_limits(console, wanted, fitting, tokens)
+    if wanted.out is not None:
+        _write(Path(wanted.out), planned)
         print(wanted.out)
+    if not fitting and planned[0].error is not None:
+        raise planned[0].error
     return 0
 
 
-def _other(name: str, argv: Sequence[str]) -> Plan:
-    """The same plan of another model."""
-    words = [word for word in argv if not word.startswith(("-", "model=", "compare="))]
-    return validate(Plan, compose_tree("plan", [*words, f"model={name}"]))
+def _check_out(out: Path) -> None:
+    """Raises ConfigError if a file of that name cannot be written, before anything is planned."""
+    if out.is_dir():
+        raise ConfigError("out", out, "is a folder", f"try out={out / 'plan.json'}")
+    if not out.parent.is_dir():
+        raise ConfigError("out", out, f"is in no folder: there is no {out.parent}", "make it first")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ConfigError("out", out, "cannot be written", "name a file in a folder of yours")
 
 
-def _search(plan: Plan, tokens: int) -> "Search":
-    """Raises ConfigError if nothing fits, with the layout that comes nearest."""
-    from kalmagrove.plan import HostTimes, Search, predicted, search
+def _other(name: str, words: Sequence[str]) -> tuple[str, list[str], dict[str, Any]]:
+    """A model to compare with, the words for the same plan of it, and what they compose.
 
-    cluster = plan.cluster
-    host = HostTimes() if plan.host is None else HostTimes.read(plan.host)
-    if plan.search:
-        result = search(plan, cluster, tokens, host)
-    else:
-        result = Search([predicted(plan, cluster, tokens, host)], [])
-    if not result.found or not result.found[0].fits:
-        nearest = result.refused[0] if result.refused else None
-        reason = f"{nearest.layout} {nearest.reason}" if nearest else _memory_line(result.found[0])
-        raise ConfigError(
-            "cluster.gpus",
-            cluster.gpus,
-            f"cannot hold {plan.model.name}; the nearest layout, {reason}",
-            "use more GPUs, a smaller model, or a smaller data.seq_len",
-        )
-    return result
+    Raises:
+        ConfigError: there is no such model.
+    """
+    told = [word for word in words if not word.startswith(("model=", "compare="))]
+    told.append(f"model={name}")
+    return name, told, compose_tree("plan", told)
 
 
-def _memory_line(prediction: "Prediction") -> str:
-    return f"as given, needs {prediction.peak_bytes / 1e9:,.0f} GB of a GPU"
+def _compared(name: str, words: list[str], tree: dict[str, Any], tokens: int) -> Planned:
+    """As `planned_of`; what is wrong with this model does not end the plan of others."""
+    from kalmagrove.plan import Search
+
+    try:
+        return planned_of(validate(Plan, tree), words, tokens)
+    except ConfigError as error:
+        return Planned(name, words, Search([], []), error=error)
 
 
-def _show_layouts(console: "Console", plan: Plan, result: "Search") -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+def planned_of(wanted: Plan, words: Sequence[str], tokens: int) -> Planned:
+    """One model's layouts. What cannot be is told by `error`.
 
-    count, cluster = parameter_count(plan.model), plan.cluster
-    title = f"{plan.model.name}: {count.total / 1e9:,.2f}B parameters, {count.active / 1e9:,.2f}B"
-    title += f" active, on {cluster.gpus} x {cluster.gpu}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("tp", "ep", "ZeRO", "micro", "again", "GB", "s/step", "tokens/s", "MFU", "days"):
-        table.add_column(name, justify="right")
-    table.add_column("dollars", justify="right")
-    for one in result.found[: plan.show]:
-        run = one.run
-        table.add_row(
-            f"{run.parallel.tp}",
-            f"{run.parallel.ep}",
-            f"{run.zero.stage}",
-            f"{run.batch.micro}",
-            "yes" if run.engine.activation_checkpointing else "no",
-            f"{one.peak_bytes / 1e9:,.1f}",
-            f"{one.step_seconds:,.3g}",
-            _short(one.tokens_per_s),
-            f"{one.mfu:.1%}",
-            f"{one.hours / 24:,.3g}",
-            _usd(one.usd),
-        )
-    console.print(table)
-    left = len(result.found) - plan.show
-    said = f"{left} more layouts fit" if left > 0 else ""
-    if result.refused:
-        nearest = result.refused[0]
-        said += f"{'; ' if said else ''}{len(result.refused)} are refused, the nearest: "
-        said += f"{nearest.layout} {nearest.reason}"
-    if said:
-        console.print(said, highlight=False)
+    Raises:
+        ConfigError: the vocabulary or the host's file cannot be read.
+    """
+    from kalmagrove.cli.dry_run import with_vocabulary
+    from kalmagrove.plan import HostTimes, Search, given, search
+
+    host = HostTimes() if wanted.host is None else HostTimes.read(wanted.host)
+    plan, error = with_vocabulary(wanted)[0], None
+    try:
+        result = (search if plan.search else given)(plan, plan.cluster, tokens, host)
+        error = None if result.found else _why(plan, result)
+    except ConfigError as caught:  # the given layout does not go over the GPUs
+        result, error = Search([], []), caught
+    trained = wanted.model.vocab_size is None and wanted.data.tokenizer.kind == "bpe"
+    return Planned(plan.model.name, words, result, plan, trained, error)
 
 
-def _show_best(console: "Console", best: "Prediction") -> None:
-    """Memory and time of the layout that is recommended, and the overrides that ask for it."""
-    from rich.table import Table
+def _why(plan: Plan, result: "Search") -> ConfigError:
+    """What to say where nothing fits: the layout that comes nearest, or the rule that all break."""
+    from kalmagrove.plan import search
 
-    from kalmagrove.plan.search import describe
+    nearest = result.refused[0]
+    if nearest.error is not None:
+        return nearest.error
+    rule = f"cannot hold {plan.model.name}; the nearest layout, {nearest.layout} {nearest.reason}"
+    remedy = "use more GPUs, a smaller model, or a smaller data.seq_len"
+    if not plan.search:
+        rule = f"cannot hold {plan.model.name} as given: {nearest.layout} {nearest.reason}"
+        if others := search(plan, plan.cluster, 1).found:
+            given, best = layout_words(plan), layout_words(others[0].run)
+            changes = [new for old, new in zip(given, best, strict=True) if old != new]
+            remedy = f"try {' '.join(changes)}, or search=true"
+    return ConfigError("cluster.gpus", plan.cluster.gpus, rule, remedy)
 
-    table = Table(title=f"The first: {describe(best.run)}", title_justify="left")
-    for name in ("memory of a GPU", "GB", "a step", "s", "share"):
-        table.add_column(name, justify="right" if name in ("GB", "s", "share") else "left")
-    memory = [(name, f"{size / 1e9:,.2f}") for name, size in best.memory.items()]
-    parts = sorted(best.parts, key=lambda part: -part.seconds)
-    times = [
-        (part.name, f"{part.seconds:,.4g}", f"{part.seconds / best.step_seconds:.0%}")
-        for part in parts
+
+def layout_words(run: Run) -> list[str]:
+    """The overrides that ask for the layout of `run`."""
+    layout = run.parallel
+    return [
+        f"parallel.tp={layout.tp}",
+        f"parallel.cp={layout.cp}",
+        f"parallel.ep={layout.ep}",
+        f"parallel.sequence={str(layout.sequence).lower()}",
+        f"zero=stage{run.zero.stage}",
+        f"batch.micro={run.batch.micro}",
+        f"engine.activation_checkpointing={str(run.engine.activation_checkpointing).lower()}",
     ]
-    rows = max(len(memory), len(times))
-    memory += [("", "")] * (rows - len(memory))
-    times += [("", "", "")] * (rows - len(times))
-    for left, right in zip(memory, times, strict=True):
-        table.add_row(*left, *right)
-    console.print(table)
-    run, layout = best.run, best.run.parallel
-    console.print(
-        f"kalmagrove train model={run.model.name} parallel.tp={layout.tp} parallel.cp={layout.cp} "
-        f"parallel.ep={layout.ep} parallel.sequence={str(layout.sequence).lower()} "
-        f"zero=stage{run.zero.stage} batch.micro={run.batch.micro} "
-        "engine.activation_checkpointing="
-        f"{str(run.engine.activation_checkpointing).lower()}\n"
-        f"energy at most {best.joules / 3.6e9:,.3g} MWh ({best.joules:.3g} J: GPUs at full load)",
-        highlight=False,
-    )
 
 
-def _show_side_by_side(console: "Console", best: list["Prediction"], tokens: int) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(
-        title=f"Side by side, {_short(tokens)} tokens each",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for name in ("", "total", "active", "FLOPs/token", "MFU", "days", "dollars", "the source"):
-        table.add_column(name, justify="right" if name else "left")
-    claims = dict(SOURCE)
-    for one in best:
-        count = parameter_count(one.run.model)
-        table.add_row(
-            one.run.model.name,
-            f"{count.total / 1e9:,.1f}B",
-            f"{count.active / 1e9:,.1f}B",
-            _short(one.flops),
-            f"{one.mfu:.1%}",
-            f"{one.hours / 24:,.3g}",
-            _usd(one.usd),
-            _usd(claims.get(one.run.model.name)),
-        )
-    console.print(table)
-    for one in best:
-        claim, usd = claims.get(one.run.model.name), one.usd
-        if claim is not None and usd:
-            console.print(
-                f"{one.run.model.name}: the source's {_usd(claim)} would pay for "
-                f"{_short(tokens * claim / usd)} tokens here; it does not say how many it trained",
-                highlight=False,
-            )
+def command(one: Planned) -> str:
+    """The words that train the first of its layouts, as it was planned."""
+    assert one.best is not None
+    run = one.best.run
+    option = [word for word in one.words if word.startswith("model=")]
+    kept = _kept(one.words)
+    words = [
+        *(option[-1:] or [f"model={run.model.name}"]),
+        *kept,
+        *layout_words(run),
+        f"batch.tokens={run.batch.tokens}",
+        f"data.seq_len={run.data.seq_len}",
+    ]
+    size = f"data.tokenizer.vocab_size={run.data.tokenizer.vocab_size}"
+    if one.trained_vocabulary and size not in kept:
+        words.append(size)
+    words += [f"engine.precision={run.engine.precision}", f"launch.nproc={one.best.cluster.gpus}"]
+    if not any(word.startswith("steps=") for word in kept):
+        words.append(f"steps={math.ceil(one.best.tokens / run.batch.tokens)}")
+    return shlex.join(["kalmagrove", "train", *words])
 
 
-def _show_limits(console: "Console", plan: Plan, best: list["Prediction"], tokens: int) -> None:
-    """What the figures are, in the plan's own output."""
-    counted = "as asked" if plan.tokens else f"{TOKENS_PER_PARAMETER} a parameter"
-    console.print(
-        f"Predicted for {_short(tokens)} tokens ({counted}), GPUs busy all the time: no failures, "
-        "evaluations or checkpoints. The loss is not predicted: equal tokens are not equal "
-        "quality.",
-        highlight=False,
-    )
-    for text in dict.fromkeys(text for one in best for text in one.extrapolated):
-        console.print(f"extrapolated: {text}", highlight=False)
-    console.print(f"{plan.cluster.name}: {plan.cluster.basis}", highlight=False)
+def _kept(words: Sequence[str]) -> list[str]:
+    """Those that `kalmagrove train` needs too, and `command` does not say."""
+    kept = []
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0]
+        section = key.partition(".")[0]
+        if key not in SAID and section not in SECTIONS:
+            kept.append(word if section in SHARED else word.lstrip("+"))
+    return kept
 
 
-def _usd(amount: float | None) -> str:
-    return "-" if amount is None else f"${_short(amount)}"
+def _show_command(one: Planned) -> None:
+    assert one.best is not None
+    cluster = one.best.cluster
+    print(command(one))
+    if one.trained_vocabulary:
+        size = one.best.run.model.vocab_size
+        print(f"with a vocabulary of {size:,}: a tokenizer trained on a small corpus may have less")
+    if cluster.gpus > cluster.gpus_per_node:
+        machines = cluster.gpus // cluster.gpus_per_node
+        print(f"on {machines} machines: docs/clusters.md says how processes start there")
+    print()
 
 
-def _short(number: float) -> str:
-    """Three digits: 1,656,000 is 1.66M."""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.3g}"
-
-
-def _write(path: Path, results: list[tuple[Plan, "Search"]]) -> None:
+def _write(out: Path, planned: Sequence[Planned]) -> None:
     from kalmagrove.plan.efficiency import TABLE
 
-    models: list[dict[str, Any]] = [
-        {
-            "model": plan.model.name,
-            "parameters": parameter_count(plan.model).total,
-            "active_parameters": parameter_count(plan.model).active,
-            "layouts": [one.tree() for one in result.found],
-            "refused": [refusal._asdict() for refusal in result.refused],
-        }
-        for plan, result in results
-    ]
     measured = {name: row._asdict() for name, row in TABLE.items()}
-    path.write_text(json.dumps({"models": models, "measured": measured}, indent=1) + "\n")
+    whole = {"models": [_tree(one) for one in planned], "measured": measured}
+    try:
+        out.write_text(json.dumps(whole, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError("out", out, f"cannot be written ({error.strerror})") from None
+
+
+def _tree(one: Planned) -> dict[str, Any]:
+    """As JSON values."""
+    count = None if one.plan is None else parameter_count(one.plan.model)
+    return {
+        "model": one.name,
+        "parameters": count and count.total,
+        "active_parameters": count and count.active,
+        "command": None if one.best is None else command(one),
+        "layouts": [layout.tree() for layout in one.result.found],
+        "refused": [{"layout": no.layout, "reason": no.reason} for no in one.result.refused],
+        "error": None if one.error is None else str(one.error),
+    }

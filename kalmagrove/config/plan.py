@@ -1,8 +1,11 @@
 """What `kalmagrove plan` is given: a run, and the machines that it might go on."""
 
-from pydantic import PositiveInt
+from typing import Self
+
+from pydantic import PositiveInt, model_validator
 
 from kalmagrove.config.cluster import Cluster
+from kalmagrove.config.errors import ConfigError
 from kalmagrove.config.run import Run
 
 
@@ -17,3 +20,16 @@ class Plan(Run):
     host: str | None = None  # file of `kalmagrove bench host`; null: the host of our H200s
     show: PositiveInt = 8  # layouts listed
     out: str | None = None  # file of the whole plan, JSON; null: none
+
+    @model_validator(mode="after")
+    def _one_price(self) -> Self:
+        price = self.price.model_dump(exclude={"name", "basis"})
+        if any(value is not None for value in price.values()):
+            usd = self.price.usd_per_gpu_hour
+            raise ConfigError(
+                "price",
+                self.price.name,
+                "is not planned with: the price and the peak are those of the cluster",
+                f"use cluster.usd_per_gpu_hour={'PRICE' if usd is None else usd}",
+            )
+        return self

@@ -2,7 +2,7 @@
 
 from kalmagrove.plan.host import HostTimes
 from kalmagrove.plan.prediction import Prediction, predict, predicted
-from kalmagrove.plan.search import Refusal, Search, search
+from kalmagrove.plan.search import Refusal, Search, describe, given, search
 from kalmagrove.plan.time import Part, step_time
 
 __all__ = [
@@ -11,6 +11,8 @@ __all__ = [
     "Prediction",
     "Refusal",
     "Search",
+    "describe",
+    "given",
     "predict",
     "predicted",
     "search",

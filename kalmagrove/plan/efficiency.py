@@ -4,6 +4,7 @@ All are of one NVIDIA H200 (torch 2.11, Triton 3.6). Other GPUs are scaled by th
 data sheets, which the plan marks as extrapolated. docs/cost.md says how good that is.
 """
 
+import re
 from typing import NamedTuple
 
 from kalmagrove.config import Cluster
@@ -145,14 +146,18 @@ GPUS = {
     "H200": (141.0, 4.8, 450.0, 700.0),
     "H100": (80.0, 3.35, 450.0, 700.0),
     "A100": (80.0, 2.04, 300.0, 400.0),
+    "A100 40GB": (40.0, 1.555, 300.0, 400.0),
 }
 
 
 def machine_of(gpu: str, gpus: int, usd_per_gpu_hour: float | None) -> Cluster | None:
     """`gpus` of the name that CUDA gives, taken to be SXM boards of one machine; None: unknown."""
-    known = next((name for name in GPUS if name in gpu), None)
+    known = next((name for name in GPUS if re.search(rf"\b{name}\b", gpu)), "")
+    said = re.search(r"\b(\d+)GB\b", gpu)
+    if known and said and float(said[1]) != GPUS[known][0]:
+        known = f"{known} {said[1]}GB"
     peak = peak_tflops(gpu)
-    if known is None or peak is None or "PCIe" in gpu or "NVL" in gpu:
+    if known not in GPUS or peak is None or re.search("PCIe|NVL", gpu, re.IGNORECASE):
         return None
     memory, speed, link, watts = GPUS[known]
     return Cluster(

@@ -23,12 +23,17 @@ COLUMNS = ("layer", "rest", "optimizer_layer", "optimizer_rest")
 
 class Cost(NamedTuple):
     """Seconds. passes: of the forward and backward passes of a micro-batch; optimizer: of the rest
-    of a step. notes: what was not measured in this layout.
+    of a step. notes: what was not measured in this layout. elsewhere: they are of `efficiency`.
     """
 
     passes: float
     optimizer: float
     notes: tuple[str, ...] = ()
+    elsewhere: bool = False
+
+    def times(self, factor: float) -> "Cost":
+        """Of a host that takes so many times as long."""
+        return self._replace(passes=factor * self.passes, optimizer=factor * self.optimizer)
 
 
 class Row(NamedTuple):
@@ -126,6 +131,7 @@ def _tabled(run: Run) -> Cost:
     return Cost(
         again(run) * passes + zero * parameters + of("host_rest"),
         of("host_optimizer") * parameters,
+        elsewhere=True,
     )
 
 

@@ -4,17 +4,20 @@
 report can set what happened beside it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from kalmagrove.config import Cluster, Run
 from kalmagrove.config.counts import parameter_count
 from kalmagrove.plan.efficiency import MEASURED_ON, machine_of
-from kalmagrove.plan.host import HostTimes
+from kalmagrove.plan.host import Cost, HostTimes
 from kalmagrove.plan.time import Part, step_time
 from kalmagrove.track import Flops, flops_per_token, memory_estimate, path_of
 
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's, NCCL's, and what no tensor fits into
+SLOWER = 1.5  # what hosts with the same GPU differ by
+MATTERS = 0.15  # of a step: what predictions aim at
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Prediction:
     tokens: int
     memory: dict[str, int]  # bytes on one device, by component
     parts: list[Part]  # of a step
-    notes: tuple[str, ...] = ()  # on what was not measured of the host
+    host: Cost  # of a step
 
     @property
     def peak_bytes(self) -> int:
@@ -98,7 +101,26 @@ class Prediction:
             found.append("mla: by the figures of softmax attention")
         if parameter_count(model).total > 3e9:
             found.append("model size: the largest one measured has 1.0B parameters")
-        return (*found, *self.notes)
+        if self.run.parallel.cp > 1:
+            found.append("cp: measured in one layout of two GPUs, without kernels")
+        optim = self.run.optim.kind
+        if optim != "adamw":
+            text = f"optim={optim}: the optimizer's time is AdamW's"
+            found.append(text + ", without Newton-Schulz steps" * (optim == "muon"))
+        return (*found, *self.host.notes, *self._host_note())
+
+    def _host_note(self) -> Iterator[str]:
+        """Where the time hangs on a host that was not measured."""
+        if not self.host.elsewhere:
+            return
+        slower = step_time(self.run, self.cluster, self.host.times(SLOWER))
+        longer = sum(part.seconds for part in slower) / self.step_seconds - 1
+        if longer > MATTERS:
+            yield (
+                "host: the middle of a few H200 machines, which differ by half; one half slower "
+                f"makes this step {longer:.0%} longer. Measure yours with kalmagrove bench host, "
+                "then give host=FILE"
+            )
 
     def tree(self) -> dict[str, Any]:
         """As JSON values; layout, then what it takes."""
@@ -145,7 +167,7 @@ def predicted(run: Run, cluster: Cluster, tokens: int, host: HostTimes | None = 
     run.check_world(cluster.gpus)
     cost = (host or HostTimes()).cost(run, cluster.gpus)
     parts = step_time(run, cluster, cost)
-    return Prediction(run, cluster, tokens, memory_of(run, cluster), parts, cost.notes)
+    return Prediction(run, cluster, tokens, memory_of(run, cluster), parts, cost)
 
 
 def memory_of(run: Run, cluster: Cluster) -> dict[str, int]:
