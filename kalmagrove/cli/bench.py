@@ -4,9 +4,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
-from kalmagrove.config import KalmaGroveError
+from kalmagrove.cli.arguments import Parser, UsageError
 
 USAGE = """kalmagrove bench: measure this machine
 
@@ -66,15 +65,6 @@ Exit code 1: an implementation of ours failed its check.
 """
 
 
-class _UsageError(KalmaGroveError):
-    exit_code = 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"bench: {message}; see {self.prog} --help")
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the suite that `argv` names; returns the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -82,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     suite, *rest = argv
     if suite not in SUITES:
-        raise _UsageError(f"bench: {suite} is not a suite; use {', '.join(SUITES)}")
+        raise UsageError(f"bench: {suite} is not a suite; use {', '.join(SUITES)}")
     return SUITES[suite](rest)
 
 
@@ -90,7 +80,7 @@ def _against_peers(suite: str, usage: str, tunable: bool, argv: Sequence[str]) -
     if {"-h", "--help"} & set(argv):
         print(usage)
         return 0
-    parser = _Parser(prog=f"kalmagrove bench {suite}", usage=usage, add_help=False)
+    parser = Parser(f"bench {suite}", usage)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--ops", type=_names, default=())

@@ -62,7 +62,7 @@ def _suite(name: str, usage: str, steps: int, argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(usage)
         return 0
-    parser = Parser(f"bench {name}", usage, "see --help")
+    parser = Parser(f"bench {name}", usage)
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--only", default="")
     parser.add_argument("--out", type=Path)

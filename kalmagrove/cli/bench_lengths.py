@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0
-    parser = Parser("bench lengths", USAGE, "see --help")
+    parser = Parser("bench lengths", USAGE)
     parser.add_argument("--attentions", default="ada,hybrid,softmax")
     parser.add_argument("--lengths", type=_numbers, default=LENGTHS)
     parser.add_argument("--tokens", type=int, default=131072)

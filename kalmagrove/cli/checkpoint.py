@@ -3,12 +3,10 @@
 Works on files alone: any machine with enough memory for one tensor will do.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from kalmagrove.config import KalmaGroveError
+from kalmagrove.cli.arguments import Parser
 
 USAGE = """kalmagrove checkpoint: look after checkpoints
 
@@ -26,26 +24,15 @@ PATH and SRC are the folder of a checkpoint, or of a run: then its newest checkp
 """
 
 
-class _UsageError(KalmaGroveError):
-    exit_code = 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"checkpoint: {message}; see kalmagrove checkpoint --help")
-
-
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says; returns the exit code."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0 if argv else 2
-    parser = _Parser(prog="kalmagrove checkpoint", usage=USAGE, add_help=False)
-    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
-    for name in ("inspect", "verify"):
-        actions.add_parser(name, add_help=False).add_argument("path", type=Path)
-    convert = actions.add_parser("convert", add_help=False)
-    convert.add_argument("path", type=Path)
+    parser = Parser("checkpoint", USAGE)
+    inspect, verify, convert = parser.add_actions("inspect", "verify", "convert")
+    for action in (inspect, verify, convert):
+        action.add_argument("path", type=Path)
     convert.add_argument("target", type=Path)
     convert.add_argument("--weights-only", action="store_true")
     chosen = parser.parse_args(argv)

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0 if argv else 2
-    parser = Parser("compare", USAGE, "see --help")
+    parser = Parser("compare", USAGE)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--suite")
     parser.add_argument("--reference")

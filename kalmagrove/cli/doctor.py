@@ -4,7 +4,8 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from kalmagrove.cli import launch
 from kalmagrove.cli.arguments import Parser
 from kalmagrove.cli.compose import compose_tree
 from kalmagrove.cli.session import set_up_logging
-from kalmagrove.config import ConfigError, Run, load
+from kalmagrove.config import ConfigError, KalmaGroveError, Run, load
 
 if TYPE_CHECKING:
     from kalmagrove.bench.doctor import Finding
@@ -48,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
         rule = f"must be at most the {len(gpus)} visible GPUs"
         raise ConfigError("--nproc", chosen.nproc, rule, f"try {len(gpus)}")
     run = load(compose_tree("train", ["launch.timeout=120", *words]))
+    if chosen.json and launch.launched_rank() == 0:
+        _check_writable(chosen.json)
     launched = launch.launched_world_size()
     if launched is None and chosen.nproc > 1:
         command = [*launch.command(run, chosen.nproc), "kalmagrove", "doctor", *argv]
@@ -114,6 +117,27 @@ def _show(found: list["Finding"]) -> None:
 def _write(path: Path, found: list["Finding"]) -> None:
     from kalmagrove.bench.environment import environment
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     findings = [finding._asdict() for finding in found]
-    path.write_text(json.dumps({"findings": findings, **environment()}, indent=1) + "\n")
+    with _writing(path):
+        path.write_text(json.dumps({"findings": findings, **environment()}, indent=1) + "\n")
+
+
+def _check_writable(path: Path) -> None:
+    """KalmaGroveError if the file cannot be written, before anything is measured."""
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        at = f": {error.filename}" if error.filename else ""
+        raise KalmaGroveError(
+            f"--json {path} cannot be written ({error.strerror}{at}); give another file"
+        ) from None

@@ -3,16 +3,16 @@
 Works on the run's `ledger.jsonl` alone, of a run that still goes on too.
 """
 
-import argparse
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
+from kalmagrove.cli.arguments import Parser
 from kalmagrove.config import ConfigError
 
 if TYPE_CHECKING:
-    from kalmagrove.track import History
+    from kalmagrove.track import History, Spent
     from kalmagrove.track.accounts import Part
 
 USAGE = """kalmagrove ledger: what a run did and cost
@@ -22,17 +22,15 @@ usage: kalmagrove ledger show RUN
        kalmagrove ledger export RUN --out FILE
 
   show      sessions, what the time went to, dollars, and how much of it lasted
-  verify    whether all lines are whole, unchanged, and add up; exit code 1 and one line for each
-            fault, if there are any
+  verify    whether all lines are whole, unchanged, there, and add up; exit code 1 and one line for
+            each fault, if there are any; and what a kill took that the next start will book
   export    every line as a row of a table, FILE.csv or FILE.parquet
 
 RUN is the folder of a run, or its ledger.jsonl.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("ledger", message, "is not understood", "see kalmagrove ledger --help")
+LOOK = "see kalmagrove ledger verify"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,13 +38,11 @@ def main(argv: Sequence[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0 if argv else 2
-    parser = _Parser(prog="kalmagrove ledger", usage=USAGE, add_help=False)
-    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
-    for name in ("show", "verify", "export"):
-        action = actions.add_parser(name, add_help=False)
+    parser = Parser("ledger", USAGE)
+    show, verify, export = parser.add_actions("show", "verify", "export")
+    for action in (show, verify, export):
         action.add_argument("run", type=Path)
-        if name == "export":
-            action.add_argument("--out", type=Path, required=True)
+    export.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args(argv)
     path = chosen.run / "ledger.jsonl" if chosen.run.is_dir() else chosen.run
     if not path.is_file():
@@ -59,7 +55,9 @@ def main(argv: Sequence[str]) -> int:
 
     history = read_history(path)
     if not history.sessions:
-        raise ConfigError("ledger", path, "holds no line yet that begins a session")
+        if path.stat().st_size:
+            raise ConfigError("ledger", path, "holds no line that can be read", LOOK)
+        raise ConfigError("ledger", path, "is empty: the run has not begun")
     if chosen.action == "export":
         _export(history, chosen.out)
     else:
@@ -68,13 +66,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _verify(path: Path) -> int:
-    from kalmagrove.track.audit import faults
+    from kalmagrove.track.audit import faults, unfinished
 
-    found = faults(path)
+    found, more = faults(path), unfinished(path)
     for fault in found:
         print(f"{path}: {fault}")
     if not found:
         print(f"{path} is whole and adds up")
+    if more:
+        print(more)
     return 1 if found else 0
 
 
@@ -101,34 +101,48 @@ def _export(history: "History", out: Path) -> None:
 def _show(path: Path, history: "History") -> None:
     from rich import box
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
     from kalmagrove.track.accounts import parts, sessions
-    from kalmagrove.track.console import show_seconds
-    from kalmagrove.track.cost import show_usd
 
-    console = Console()
-    began = Table(title=str(path), title_justify="left", box=box.SIMPLE, pad_edge=False)
     numbers = ("steps", "devices", "wall", "dev-hours", "dollars", "lost")
+    began = Table(title=str(path), title_justify="left", box=box.SIMPLE, pad_edge=False)
+    began.padding = (0, 1, 0, 0)
     for column in ("", "began", *numbers, "ended"):
-        began.add_column(column, justify="right" if column in numbers else "left")
+        right: Literal["left", "right"] = "right" if column in numbers else "left"
+        began.add_column(column, justify=right, no_wrap=True)
     for number, session in enumerate(sessions(history), start=1):
         first, last = session.first, session.last
+        for other in session.before:
+            starts = f"{other.starts} start{'s' * (other.starts > 1)}" if other.starts else ""
+            steps = f"0 to {other.step:,}" if other.what == "inherited" else ""
+            began.add_row("", starts, steps, "", *_spent(other.spent), "", other.what)
         began.add_row(
             str(number),
             first["time"][5:16].replace("T", " "),
             f"{first['step']:,} to {last['step']:,}",
-            f"{session.devices} {first['unit']}s",
-            show_seconds(session.wall_seconds),
-            f"{session.device_seconds / 3600:,.4f}",
-            show_usd(session.usd),
+            f"{session.devices} {first['unit']}{'s' * (session.devices > 1)}",
+            *_spent(session.spent),
             f"{first['lost_steps']:,}",
             session.ended,
         )
-    console.print(began)
-    if found := parts(history):
-        console.print(_phases(found))
-    console.print(_totals(history))
+    found = parts(history)
+    tables = [began, *([_phases(found)] if found else []), _totals(history)]
+    console = Console()
+    wide = console.options.update(max_width=1000)
+    widest = max(Measurement.get(console, wide, table).maximum for table in tables)
+    console.width = max(console.width, widest)  # better wrapped by a terminal than cut off here
+    for table in tables:
+        console.print(table)
+
+
+def _spent(spent: "Spent") -> tuple[str, str, str]:
+    from kalmagrove.track.console import show_seconds
+    from kalmagrove.track.cost import show_usd
+
+    hours = f"{spent.device_seconds / 3600:,.4f}"
+    return show_seconds(spent.wall_seconds), hours, show_usd(spent.usd)
 
 
 def _phases(found: "Mapping[str, Part]") -> Any:
@@ -181,10 +195,10 @@ def _totals(history: "History") -> Any:
 
     steps, tokens = history.reached
     spent, lost, goodput = history.spent, history.lost, history.goodput
-    flops = tokens * sessions(history)[-1].first["flops_per_token"]
+    per_token = sessions(history)[-1].first["flops_per_token"]
     facts = Table(box=box.SIMPLE, show_header=False)
     facts.add_row("steps, tokens", f"{steps:,}, {tokens:,}")
-    facts.add_row("model FLOPs", f"{flops:.4g}")
+    facts.add_row("model FLOPs", "-" if per_token is None else f"{tokens * per_token:.4g}")
     facts.add_row("wall clock", show_seconds(spent.wall_seconds))
     facts.add_row("device-hours", f"{spent.device_seconds / 3600:,.4f}")
     facts.add_row("energy", "-" if history.joules is None else f"{history.joules / 3.6e6:.4f} kWh")

@@ -21,7 +21,8 @@ usage: kalmagrove report RUN [RUN ...] [--out FILE] [--edges | --no-edges]
 
   RUN            folder of a run (runs/NAME), or one that holds several (a study)
   --out FILE     where the page goes (RUN/report.html; of several ./report.html)
-  --serve [PORT] show it at http://127.0.0.1:PORT/ (8017) and follow the runs until Ctrl-C
+  --serve [PORT] show it at http://127.0.0.1:PORT/ (8017) and follow the runs until Ctrl-C;
+                 a run that is still starting up is waited for
   --host HOST    let other machines read it too: 0.0.0.0; anyone who reaches the port can
   --edges        draw learned edge functions, however large the checkpoint
   --no-edges     open no checkpoint
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     chosen = parser.parse_args(argv)
     from kalmagrove.track.report import render, run_folders, write
 
-    folders = run_folders(chosen.runs)
+    folders = run_folders(chosen.runs, starting=chosen.serve is not None)
     for arm in sorted(path.parent for place in chosen.runs for path in place.glob("*/arm.json")):
         if arm.resolve() not in folders and not arm.is_symlink():
             print(f"{arm.name} has no ledger (it trained nothing) and is left out")
@@ -66,11 +67,18 @@ def main(argv: Sequence[str]) -> int:
 
 def serve(reader: "Reader", host: str, port: int) -> int:
     """Show the report until Ctrl-C."""
-    from kalmagrove.track.report import Server, render
+    from kalmagrove.track.report import Live, Server, render
 
-    reader.read()  # mistakes are told before anything is served
-    with Server(host, port, reader.folders, lambda: render(reader.read(), every=EVERY)) as server:
-        print(f"{server.url} follows {len(reader.folders)} runs; Ctrl-C ends it", flush=True)
+    def make(version: str) -> str:
+        runs, starting = reader.begun()
+        return render(runs, Live(EVERY, version, starting))
+
+    _, starting = reader.begun()  # mistakes are told before anything is served
+    count = len(reader.folders)
+    with Server(host, port, reader.folders, make) as server:
+        told = f"{server.url} follows {count} run{'s' * (count != 1)}; Ctrl-C ends it"
+        waits = [f"{name} is starting up: the page waits for its ledger" for name in starting]
+        print("\n".join([told, *waits]), flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -87,19 +95,30 @@ class Reader:
         self._drawn: dict[Path, tuple[Path, Sequence[EdgePanel] | str]] = {}
 
     def read(self) -> "list[RunData]":
+        return [self._read(folder) for folder in self.folders]
+
+    def begun(self) -> "tuple[list[RunData], list[str]]":
+        """The runs that have begun, and the names of those that have not."""
+        from kalmagrove.track.report import NotBegun
+
+        runs, starting = [], []
+        for folder in self.folders:
+            try:
+                runs.append(self._read(folder))
+            except NotBegun:
+                starting.append(self._name(folder))
+        return runs, starting
+
+    def _read(self, folder: Path) -> "RunData":
         from kalmagrove.track.report import read_run
 
-        runs = [
-            read_run(folder, config=_config(folder), edges=self._edges(folder))
-            for folder in self.folders
-        ]
-        names = [run.name for run in runs]
-        return [
-            replace(run, name=f"{run.folder.parent.name}/{run.name}")
-            if names.count(run.name) > 1
-            else run
-            for run in runs
-        ]
+        run = read_run(folder, config=_config(folder), edges=self._edges(folder))
+        return replace(run, name=self._name(folder))
+
+    def _name(self, folder: Path) -> str:
+        """With that of the folder above where there are two of the same."""
+        same = [each for each in self.folders if each.name == folder.name]
+        return folder.name if len(same) == 1 else f"{folder.parent.name}/{folder.name}"
 
     def _edges(self, folder: Path) -> "Sequence[EdgePanel] | str":
         """Of the newest checkpoint; or why there are none."""
@@ -117,16 +136,16 @@ class Reader:
         if size > LARGE and not self._wanted:
             return f"the checkpoint has {size / 1e9:.0f} GB; --edges opens it all the same"
         try:
-            return draw_edges(place)
+            return draw_edges(place) or "the model has no edge functions"
         except (KalmaGroveError, OSError, RuntimeError, MemoryError) as error:
             return f"the checkpoint cannot be opened ({str(error).splitlines()[0]})"
 
 
 def draw_edges(place: Path) -> "list[EdgePanel]":
-    """Learned functions of the model at `place`.
+    """Learned functions of the model at `place`; none of a model without any.
 
     Raises:
-        KalmaGroveError: it cannot be opened, or has none.
+        KalmaGroveError: it cannot be opened.
     """
     from kalmagrove.evaluate.edge_maps import edges_of
     from kalmagrove.evaluate.edges import Function, inspect_edges
@@ -147,7 +166,11 @@ def draw_edges(place: Path) -> "list[EdgePanel]":
             amplitude=function.amplitude,
         )
 
-    maps = edges_of(open_model(place, "cpu", "fp32").model)
+    model = open_model(place, "cpu", "fp32").model
+    try:
+        maps = edges_of(model)
+    except ConfigError:  # it has none
+        return []
     return [
         EdgePanel(layer.name, layer.edges, layer.r2, [curve(each) for each in layer.functions])
         for layer in inspect_edges(maps, count=CURVES)

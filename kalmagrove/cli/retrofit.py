@@ -7,7 +7,6 @@ are those of `kalmagrove train`.
 import gc
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
@@ -21,11 +20,13 @@ from kalmagrove.cli.session import (
     by_main,
     check_same_data,
     claim,
+    rank_heartbeat,
     saved_tree,
     set_up_logging,
 )
 from kalmagrove.cli.supervise import supervise
 from kalmagrove.config import KalmaGroveError, Suite
+from kalmagrove.config.attempts import Attempt, heartbeat
 from kalmagrove.config.retrofit_run import Retrofit, WarmStart, retrofit_of
 
 if TYPE_CHECKING:
@@ -71,16 +72,18 @@ def checked(tree: dict[str, Any]) -> Retrofit:
 
 def _start(run: Retrofit, in_sweep: bool) -> int:
     if launch.launched(in_sweep):
-        return retrofit_on_this_rank(run)
+        with rank_heartbeat(run, launch.world_size(run)) as beating:
+            return retrofit_on_this_rank(run, beating.attempt)
     launch.check_here(run)
     folder = run_folder.choose(run)
     if _finished(folder, run):
         return _already(folder)
     world_size = launch.world_size(run)
-    if world_size == 1 and not run.launch.max_restarts:
-        with launch.unlaunched():
-            return retrofit_on_this_rank(run, stay=in_sweep)
-    code = supervise(run_folder.pinned(run, folder), world_size, "retrofit")
+    with heartbeat(folder, world_size, since=0.0 if in_sweep else None) as beating:
+        if world_size == 1 and not run.launch.max_restarts:
+            with launch.unlaunched():
+                return retrofit_on_this_rank(run, beating.attempt, stay=in_sweep)
+        code = supervise(run_folder.pinned(run, folder), world_size, beating, "retrofit")
     if code == 0 and not (folder / RESULT).exists():
         raise KalmaGroveError(
             f"the processes ended without an error, but {folder / RESULT} is not there; the same "
@@ -103,7 +106,7 @@ def _already(folder: Path) -> int:
     return 0
 
 
-def retrofit_on_this_rank(composed: Retrofit, stay: bool = False) -> int:
+def retrofit_on_this_rank(composed: Retrofit, attempt: Attempt, stay: bool = False) -> int:
     """The main path, on one process of the run; returns the exit code.
 
     stay: more runs follow in this process.
@@ -115,7 +118,6 @@ def retrofit_on_this_rank(composed: Retrofit, stay: bool = False) -> int:
     from kalmagrove.parallel import Groups
     from kalmagrove.track import Energy
 
-    began = time.monotonic()
     set_up_logging()
     _without_bars()
     for suite in _suites(composed):  # what is missing is missed before anything is trained
@@ -130,7 +132,7 @@ def retrofit_on_this_rank(composed: Retrofit, stay: bool = False) -> int:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if summary is None or by_main(groups, lambda: _reclaim(folder)):
-            _make(composed, folder, groups, prepared, energy, began if stay else None)
+            _make(composed, folder, groups, prepared, energy, attempt)
             gc.collect()  # DeepSpeed's engine refers to itself; its memory is needed
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -169,9 +171,9 @@ def _make(
     groups: "Groups",
     prepared: "Prepared",
     energy: "Energy",
-    started: float | None,
+    attempt: Attempt,
 ) -> None:
-    """Build, train and save the model; `started`: when the run began, None: with this process."""
+    """Build, train and save the model."""
     from kalmagrove.engine import find_checkpoints
     from kalmagrove.retrofit.build import build
 
@@ -185,7 +187,7 @@ def _make(
         by_main(groups, lambda: run_folder.settle(folder, run, prepared.tokenizer))
         by_main(groups, lambda: _export(folder, built.inner, None))
     else:
-        _train(run, folder, groups, prepared, built, energy, started)
+        _train(run, folder, groups, prepared, built, energy, attempt)
 
 
 def _sample(prepared: "Prepared", run: Retrofit) -> "list[torch.Tensor]":
@@ -233,7 +235,7 @@ def _train(
     prepared: "Prepared",
     built: "Built",
     energy: "Energy",
-    started: float | None,
+    attempt: Attempt,
 ) -> None:
     """As `kalmagrove train` does, and the model in the format of Hugging Face."""
     from kalmagrove.data import build_batches, val_batches
@@ -258,7 +260,7 @@ def _train(
         val_split_tokens=prepared.manifest.val.targets,
         baselines={"unigram_nats": prepared.unigram_nats, "bigram_nats": prepared.bigram_nats},
         energy=energy,
-        started=started,
+        attempt=attempt,
     )
     state = resume(engine, batches, meters, run, folder)
     check_room(engine, state.folder, state.step)

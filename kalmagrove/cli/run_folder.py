@@ -173,12 +173,30 @@ def finished(folder: Path, run: Training) -> dict[str, Any] | None:
     How it was computed (`LAYOUT`) plays no part, as for checkpoints.
 
     Raises:
-        ConfigError: if what was trained here is not `run`, naming the settings that differ.
+        ConfigError: if what was trained here is not `run`, naming the settings that differ, or if
+            there is work to do and dollars are capped that nobody has counted so far.
     """
     summary = None if run.checkpoint.resume == "never" else done(folder, run)
     if summary is not None:
         same_settings(folder, run)
+    elif run.budget.usd is not None:
+        _dollars_are_known(folder, run)
     return summary
+
+
+def _dollars_are_known(folder: Path, run: Training) -> None:
+    """ConfigError if a session of the folder had no price: no cap on all of them can be kept."""
+    from kalmagrove.track import read_history  # needs torch
+
+    ledger = folder / "ledger.jsonl"
+    if ledger.exists() and read_history(ledger).spent.usd is None:
+        raise ConfigError(
+            "budget.usd",
+            run.budget.usd,
+            f"cannot be kept: {folder.name} has trained without a price, so what all its sessions "
+            "have cost is unknown",
+            "use budget.hours, or give another name",
+        )
 
 
 def same_settings(folder: Path, run: Training) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kalmagrove.cli import launch, run_folder
 from kalmagrove.cli.compose import read_yaml
 from kalmagrove.config import ConfigError, DataError, Training
+from kalmagrove.config.attempts import Heartbeat, heartbeat_of_rank
 
 if TYPE_CHECKING:
     from kalmagrove.data import Prepared
@@ -36,6 +37,13 @@ def set_up_logging() -> None:
         logging.getLogger("kalmagrove").setLevel(logging.INFO)
     # DeepSpeed calls collectives under names that torch 2.13 renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def rank_heartbeat(run: Training, world_size: int) -> Heartbeat:
+    """Of a process that a launcher started as one rank."""
+    folder = run_folder.choose(run)
+    finished = run.checkpoint.resume != "never" and run_folder.done(folder, run) is not None
+    return heartbeat_of_rank(folder, launch.launched_rank(), world_size, finished=finished)
 
 
 def already_finished(folder: Path, summary: dict[str, Any]) -> int:

@@ -29,7 +29,10 @@ ENDED = {
     *("BOOT_FAIL", "DEADLINE", "PREEMPTED"),
 }
 # Set by the job or process that submits, and wrong in the one that is submitted
-INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "KALMAGROVE_STOP_FILE", "MASTER_ADDR", "MASTER_PORT")
+INHERITED = (
+    *("SLURM_", "SBATCH_", "SRUN_", "MASTER_ADDR", "MASTER_PORT"),
+    *("KALMAGROVE_STOP_FILE", "KALMAGROVE_STARTED"),
+)
 
 
 @dataclass(frozen=True)

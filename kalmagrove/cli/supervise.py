@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ from kalmagrove.config import (
     NonFiniteError,
     Training,
 )
+from kalmagrove.config.attempts import CLEAN, Heartbeat
 
 STOPPING = "finishing the step and saving; Ctrl-C again kills"
 WILLED = (Interrupted, BudgetReached, ConfigError, NonFiniteError)  # another try ends the same way
@@ -32,7 +33,7 @@ IDLE = 3  # tries in a row that save nothing new
 PAUSE = 60  # seconds before another try, at most
 
 
-def supervise(run: Training, nproc: int, verb: str = "train") -> int:
+def supervise(run: Training, nproc: int, heartbeat: Heartbeat, verb: str = "train") -> int:
     """Do `verb` with `nproc` local processes; returns the exit code.
 
     If they die (a rank is killed, fails or hangs), they are started again from the last checkpoint,
@@ -40,6 +41,8 @@ def supervise(run: Training, nproc: int, verb: str = "train") -> int:
 
     Args:
         run: with the name and dir of the folder that was chosen for it.
+        heartbeat: entered; of the first try, which began when the command did. Another one begins
+            where the one before has ended: the pause between them is paid for.
     """
     folder, again, idle = Path(run.dir) / run.run_name, 0, 0
     with tempfile.TemporaryDirectory(prefix="kalmagrove-") as place:
@@ -47,8 +50,9 @@ def supervise(run: Training, nproc: int, verb: str = "train") -> int:
         with processes.signals():
             while True:
                 before = newest_step(folder)
-                returned = processes.run(run, nproc, verb)
+                returned = processes.run(run, nproc, verb, heartbeat.attempt.environment)
                 code = launch.exit_code(returned)
+                heartbeat.died = code not in (0, *(error.exit_code for error in CLEAN))
                 if code in (0, *(error.exit_code for error in WILLED)) or processes.stopping:
                     return code
                 saved = newest_step(folder)
@@ -56,6 +60,7 @@ def supervise(run: Training, nproc: int, verb: str = "train") -> int:
                 if again == run.launch.max_restarts or idle == IDLE:
                     _say_end(_what(returned), folder, again, idle)
                     return code
+                heartbeat.again()
                 again += 1
                 pause = min(PAUSE, 2 ** (again - 1))
                 _say(
@@ -63,6 +68,7 @@ def supervise(run: Training, nproc: int, verb: str = "train") -> int:
                     f"{saved} in {pause} s (restart {again} of {run.launch.max_restarts})"
                 )
                 if not processes.wait(pause):
+                    heartbeat.died = True
                     _say(f"stopped; the same command continues from step {saved}")
                     return Interrupted.exit_code
                 if run.checkpoint.resume == "never":  # the folder was new
@@ -85,12 +91,16 @@ class Processes:
     def stopping(self) -> bool:
         return self._stop_file.exists()
 
-    def run(self, run: Training, nproc: int, verb: str) -> int:
+    def run(self, run: Training, nproc: int, verb: str, environment: Mapping[str, str]) -> int:
         """Until all have ended; returns what the launcher did: negative if a signal killed it."""
         run_folder.write_config(self._config, run)
         self._launcher = subprocess.Popen(
             [*launch.command(run, nproc), "kalmagrove", verb, "--config", str(self._config)],
-            env=launch.environment() | {"KALMAGROVE_STOP_FILE": str(self._stop_file)},
+            env={
+                **launch.environment(),
+                **environment,
+                "KALMAGROVE_STOP_FILE": str(self._stop_file),
+            },
             start_new_session=True,
         )
         returned = self._launcher.wait()

@@ -1,13 +1,15 @@
 """`kalmagrove track`: what W&B shows, made from run folders alone, and dashboards as code."""
 
-import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from kalmagrove.cli.arguments import Parser
 from kalmagrove.cli.compose import read_yaml
 from kalmagrove.config import ConfigError, KalmaGroveError, Track, validate
+
+if TYPE_CHECKING:
+    from kalmagrove.track import History
 
 USAGE = """kalmagrove track: send runs to Weights & Biases, make its dashboards
 
@@ -16,7 +18,9 @@ usage: kalmagrove track sync RUN [RUN ...] [--online] [--project P] [--entity E]
 
   sync        one W&B run for each run folder, made anew from its ledger: all sessions together,
               without the work that was lost. It has the id of the runs that training recorded, and
-              takes their place. Offline into RUN/wandb, unless --online
+              takes their place, also if the folder was moved since. A run without an end, which
+              goes on or was killed, is sent up to its last line, as one that failed. Offline into
+              RUN/wandb, unless --online
   dashboards  four workspaces (learning, cost, throughput, groves), checked without a network
 
 --online      upload now; needs a key (`wandb login`, or the variable WANDB_API_KEY)
@@ -27,22 +31,15 @@ usage: kalmagrove track sync RUN [RUN ...] [--online] [--project P] [--entity E]
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("track", message, "is not understood", "see kalmagrove track --help")
-
-
 def main(argv: Sequence[str]) -> int:
     """Do what `argv` says; returns the exit code."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or {"-h", "--help"} & set(argv):
         print(USAGE)
         return 0 if argv else 2
-    parser = _Parser(prog="kalmagrove track", usage=USAGE, add_help=False)
-    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
-    sync = actions.add_parser("sync", add_help=False)
+    parser = Parser("track", USAGE)
+    sync, boards = parser.add_actions("sync", "dashboards")
     sync.add_argument("runs", nargs="+", type=Path)
     sync.add_argument("--online", action="store_true")
-    boards = actions.add_parser("dashboards", add_help=False)
     boards.add_argument("--out", type=Path)
     boards.add_argument("--push", action="store_true")
     for action in (sync, boards):
@@ -55,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _sync(runs: list[Path], online: bool, project: str | None, entity: str | None) -> int:
+    from kalmagrove.track import summary_of
     from kalmagrove.track.redact import without_secrets
     from kalmagrove.track.wandb_sink import send_run
 
@@ -62,26 +60,30 @@ def _sync(runs: list[Path], online: bool, project: str | None, entity: str | Non
     if online:
         _require_key("track sync --online")
     given = {"wandb": "online" if online else "offline", "project": project, "entity": entity}
-    for folder, config, lines, summary in found:
+    for folder, config, history in found:
         track = validate(Track, config.get("track", {}))
         track = track.model_copy(update={key: value for key, value in given.items() if value})
-        name = next((line["run"] for line in lines if "run" in line), folder.name)
+        lines, summary = history.effective(), summary_of(folder, history)
+        name = next((line["run"] for line in reversed(lines) if "run" in line), folder.name)
         said = send_run(track, folder, name, lines, without_secrets(config), summary)
+        open_ = " (no end: it goes on, or was killed)" if summary["status"] == "open" else ""
         where = said or f"W&B: sent to the project {track.project}"
-        print(f"{folder}: {len(lines)} lines of the ledger. {where}")
+        print(f"{folder}: {len(lines)} lines of the ledger{open_}. {where}")
     return 0
 
 
-def _read(run: Path) -> tuple[Path, dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """Folder, configuration, lasting lines and summary ({} if it has not ended) of a run."""
+def _read(run: Path) -> "tuple[Path, dict[str, Any], History]":
+    """Folder, configuration and ledger of a run."""
     from kalmagrove.track import read_history
 
     folder = run.expanduser().resolve()
-    ledger, summary = folder / "ledger.jsonl", folder / "summary.json"
+    ledger = folder / "ledger.jsonl"
     if not ledger.is_file():
         raise ConfigError("RUN", run, "holds no ledger.jsonl", "give folders such as runs/NAME")
-    ended = json.loads(summary.read_text()) if summary.is_file() else {}
-    return folder, read_yaml(str(folder / "config.yaml")), read_history(ledger).effective(), ended
+    history = read_history(ledger)
+    if not history.sessions:
+        raise ConfigError("RUN", run, "has not begun: its ledger is empty", "try again later")
+    return folder, read_yaml(str(folder / "config.yaml")), history
 
 
 def _dashboards(project: str, entity: str | None, out: Path | None, push: bool) -> int:
@@ -96,8 +98,11 @@ def _dashboards(project: str, entity: str | None, out: Path | None, push: bool) 
         panels = sum(len(section.panels) for section in page.sections)
         print(f"{page.name}: {len(page.sections)} sections, {panels} panels")
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(dashboards.as_json(pages) + "\n")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(dashboards.as_json(pages) + "\n")
+        except OSError as error:
+            raise ConfigError("--out", out, f"cannot be written ({error.strerror})") from None
         print(f"written to {out}")
     for address in dashboards.push(pages) if push else []:
         print(address)

@@ -16,11 +16,13 @@ from kalmagrove.cli.session import (
     check_same_data,
     claim,
     path_here,
+    rank_heartbeat,
     saved_tree,
     set_up_logging,
 )
 from kalmagrove.cli.supervise import supervise
 from kalmagrove.config import KalmaGroveError, Run, load
+from kalmagrove.config.attempts import Attempt, heartbeat
 
 if TYPE_CHECKING:  # torch is imported only once the configuration is known to work
     from kalmagrove.data import Prepared
@@ -52,18 +54,20 @@ def _start(run: Run, dry_run: bool, in_sweep: bool) -> int:
         describe(run, world_size)
         return 0
     if launch.launched(in_sweep):
-        return train_on_this_rank(run)
+        with rank_heartbeat(run, world_size) as beating:
+            return train_on_this_rank(run, beating.attempt)
     launch.check_here(run)
     folder = run_folder.choose(run)
     summary = run_folder.finished(folder, run)
     if summary is not None:
         return already_finished(folder, summary)
-    if world_size == 1 and not in_sweep and not run.launch.max_restarts:
-        return train_on_this_rank(run)
-    from kalmagrove.data import check_seq_len, prepare
+    with heartbeat(folder, world_size, since=0.0 if in_sweep else None) as beating:
+        if world_size == 1 and not in_sweep and not run.launch.max_restarts:
+            return train_on_this_rank(run, beating.attempt)
+        from kalmagrove.data import check_seq_len, prepare
 
-    check_seq_len(prepare(run.data), run.data.seq_len)  # once, where it is seen and can be stopped
-    code = supervise(run_folder.pinned(run, folder), world_size)
+        check_seq_len(prepare(run.data), run.data.seq_len)  # once, seen, and it can be stopped
+        code = supervise(run_folder.pinned(run, folder), world_size, beating)
     if code == 0 and run_folder.done(folder, run) is None:
         raise KalmaGroveError(
             f"the processes ended without an error, but {folder}/summary.json does not say that "
@@ -72,7 +76,7 @@ def _start(run: Run, dry_run: bool, in_sweep: bool) -> int:
     return code
 
 
-def train_on_this_rank(composed: Run) -> int:
+def train_on_this_rank(composed: Run, attempt: Attempt) -> int:
     """The main path, on one process of the run; returns the exit code."""
     import torch
 
@@ -100,7 +104,7 @@ def train_on_this_rank(composed: Run) -> int:
     torch.manual_seed(run.seed)
     model = build_model(run.model, groups)
     engine = build_engine(model, run, groups)
-    meters = _meters(run, folder, groups, prepared, energy)
+    meters = _meters(run, folder, groups, prepared, energy, attempt)
     state = resume(engine, batches, meters, run, folder)
     check_room(engine, state.folder, state.step)
     by_main(groups, lambda: run_folder.settle(folder, composed, prepared.tokenizer))
@@ -114,7 +118,12 @@ def train_on_this_rank(composed: Run) -> int:
 
 
 def _meters(
-    run: Run, folder: Path, groups: "Groups", prepared: "Prepared", energy: "Energy"
+    run: Run,
+    folder: Path,
+    groups: "Groups",
+    prepared: "Prepared",
+    energy: "Energy",
+    attempt: Attempt,
 ) -> "Meters":
     from kalmagrove.config.counts import parameter_count
     from kalmagrove.track import build_meters, flops_per_token
@@ -138,6 +147,7 @@ def _meters(
             "bigram_nats": prepared.bigram_nats,
         },
         energy=energy,
+        attempt=attempt,
     )
 
 

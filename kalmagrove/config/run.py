@@ -251,6 +251,13 @@ class Training(Section):
                 f"must be at most steps={self.steps}",
                 f"try {self.steps // 10}",
             )
+        if self.profile.steps and self.profile.steps[0] > self.steps:
+            raise ConfigError(
+                "profile.steps",
+                list(self.profile.steps),
+                f"must begin by the last step, steps={self.steps}",
+                f"try [{max(1, self.steps - 1)}, {self.steps}]",
+            )
         if self.zero.stage == 0 and self.engine.precision == "bf16":
             raise ConfigError(
                 "zero.stage",

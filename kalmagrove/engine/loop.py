@@ -68,7 +68,7 @@ class Observer(Protocol):
 
     def skipped(self, step: int, reason: str) -> None: ...
 
-    def over_budget(self) -> str | None: ...
+    def over_budget(self) -> tuple[str, str] | None: ...
 
     def refitted(self, step: int, tokens: int, grids: Mapping[str, GridRefit]) -> None: ...
 
@@ -117,7 +117,7 @@ def fit(
         CheckpointError: two saves in a row failed, or the last one of the run did.
     """
     meters.start(state.step, state.tokens)
-    profiler = StepProfiler(run.profile, state.folder.parent / "profile", engine.groups)
+    profiler = StepProfiler(run.profile, state.folder.parent / "profile", engine.groups, state.step)
 
     def hung(what: str) -> None:
         meters.stop("hung", step=state.step, reason=what)
@@ -192,6 +192,10 @@ def _train(
     while state.step < run.steps:
         with profiler.step(state.step + 1):
             _step(engine, batches, meters, state, run)
+        if state.step == profiler.last:
+            meters.pause()
+            profiler.close()
+            meters.pause()  # that was neither training nor anything else: idle
         last, val_nats = state.step == run.steps, None
         if last or state.step % run.eval.every == 0:
             val_nats = _evaluate(engine, val_batches, meters, state)
@@ -218,12 +222,13 @@ def _train(
     return val_nats
 
 
-def _over_budget(spent: str | None, state: State, run: Training) -> BudgetReached:
-    """spent: what rank 0 says, the only one that knows."""
+def _over_budget(spent: tuple[str, str] | None, state: State, run: Training) -> BudgetReached:
+    """spent: what rank 0 says, the only one that knows: why, and what continues the run."""
+    why, more = spent or ("the budget is used up", "a higher cap")
     saved = f"saved in {state.newest}" if state.newest else "nothing to save"
     return BudgetReached(
-        f"{spent or 'the budget is used up'}, at step {state.step} of {run.steps}; {saved}; "
-        f"{_continued_by(state, run)} with a higher cap continues"
+        f"{why}, at step {state.step} of {run.steps}; {saved}; "
+        f"{_continued_by(state, run)} with {more} continues"
     )
 
 

@@ -24,25 +24,36 @@ MEMORY_EVENTS = 200_000  # allocations that a snapshot keeps, at most
 class StepProfiler:
     """Of one rank. Evaluations and saves between the steps are in the trace too."""
 
-    def __init__(self, wanted: Profile, folder: Path, groups: Groups) -> None:
+    def __init__(self, wanted: Profile, folder: Path, groups: Groups, done: int = 0) -> None:
+        """done: steps of earlier sessions, which cannot be looked at any more."""
         self._folder, self._device = folder, groups.device
         self._rank = groups.world.rank
         mine = wanted.ranks == "all" or groups.is_main
         self._steps = wanted.steps if mine else None
+        self.last = wanted.steps[1] if wanted.steps else None  # step, after which to `close`
         self._profiler: Any = None
+        if wanted.steps and wanted.steps[0] <= done and groups.is_main:
+            first, last = wanted.steps
+            left = "nothing is profiled" if last <= done else f"steps {done + 1} to {last} are left"
+            log.warning(
+                "profile.steps=[%s, %s]: the run has %s steps behind it; %s",
+                first,
+                last,
+                done,
+                left,
+            )
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the step that will be the `number`-th of the run."""
+        """Around the step that will be the `number`-th of the run. After `last`, `close`."""
         if self._steps is None or not self._steps[0] <= number <= self._steps[1]:
             yield
             return
         if self._profiler is None:
+            self._steps = number, self._steps[1]
             self._start()
         with record_function(f"step {number}"):
             yield
-        if number == self._steps[1]:
-            self.close()
 
     def close(self) -> None:
         """Write what was recorded, if anything was. A full disk does not end the training."""

@@ -10,7 +10,7 @@ from kalmagrove.track.ledger import History, Ledger, read_history
 from kalmagrove.track.memory import memory_estimate
 from kalmagrove.track.meters import Meters
 from kalmagrove.track.records import GridRefit, StepRecord
-from kalmagrove.track.summary import results_table, write_summary
+from kalmagrove.track.summary import results_table, summary_of, write_summary
 
 __all__ = [
     "Cost",
@@ -32,5 +32,6 @@ __all__ = [
     "read_history",
     "results_table",
     "show_usd",
+    "summary_of",
     "write_summary",
 ]

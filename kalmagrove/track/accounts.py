@@ -2,25 +2,29 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from decimal import Decimal
 from typing import Any
 
+from kalmagrove.track.cost import Spent
 from kalmagrove.track.ledger import FIRST, History, Line
 from kalmagrove.track.phases import PHASES, STAGES
 
 # Within training, which is a stage: its phases and what is idle between them.
 WITHIN = tuple(phase for phase in PHASES if phase not in STAGES)
 ROWS = ("startup", "training", *WITHIN, "evaluation", "checkpoint")
+KILLED = "killed"
 
 
 @dataclass(frozen=True)
 class Session:
-    """The lines of one session, and what it cost."""
+    """The lines of one session, and what it cost, up to a kill.
+
+    before: what its first line books of others.
+    """
 
     lines: tuple[Line, ...]
-    wall_seconds: float
-    device_seconds: float
-    usd: Decimal | None
+    spent: Spent
+    killed: bool = False
+    before: tuple["Booked", ...] = ()
 
     @property
     def first(self) -> Line:
@@ -36,13 +40,29 @@ class Session:
 
     @property
     def ended(self) -> str:
-        """done | stopped | budget | failed | hung | open: killed, or still running."""
-        return str(self.last["status"]) if self.last["event"] == "stop" else "open"
+        """done | stopped | budget | failed | hung | killed | open: still running, or killed."""
+        if self.last["event"] == "stop":
+            return str(self.last["status"])
+        return "killed" if self.killed else "open"
 
     @property
     def phases(self) -> dict[str, float]:
         """Seconds, up to its last line; nothing in ledgers of older versions."""
         return dict(self.last.get("phases", {}))
+
+
+@dataclass(frozen=True)
+class Booked:
+    """What a session's first line books that is of no session.
+
+    what: inherited, from another ledger; or killed, as so many `starts` died before their first
+    line. step: that the run had reached.
+    """
+
+    what: str
+    spent: Spent
+    starts: int
+    step: int
 
 
 def sessions(history: History) -> list[Session]:
@@ -53,18 +73,29 @@ def sessions(history: History) -> list[Session]:
             groups.append([])
         if groups:
             groups[-1].append(line)
+    names = {lines[0].get("attempt") for lines in groups} - {None}
     found, before = [], History(())
-    for lines in groups:
-        upto = History((*before.lines, *lines))
-        then, now = before.spent, upto.spent
-        usd = None if now.usd is None or then.usd is None else now.usd - then.usd
-        wall, device = (
-            now.wall_seconds - then.wall_seconds,
-            now.device_seconds - then.device_seconds,
-        )
-        found.append(Session(tuple(lines), wall, device, usd))
+    for number, lines in enumerate(groups, start=1):
+        upto, first = History((*before.lines, *lines)), History((lines[0],))
+        spent = upto.spent - before.spent - first.inherited
+        for part in first.killed:
+            spent -= part.spent
+        for part in history.killed:
+            if part.attempt in names and part.attempt == lines[0].get("attempt"):
+                spent += part.spent
+        killed = number < len(groups)
+        found.append(Session(tuple(lines), spent, killed, tuple(_booked(first, names))))
         before = upto
     return found
+
+
+def _booked(first: History, names: set[str | None]) -> Iterator[Booked]:
+    """names: of the starts that have a session."""
+    step = first.lines[0]["step"]
+    if first.inherited.device_seconds:
+        yield Booked("inherited", first.inherited, 0, step)
+    if starts := [part.spent for part in first.killed if part.attempt not in names]:
+        yield Booked("killed", sum(starts, Spent()), len(starts), step)
 
 
 @dataclass(frozen=True)
@@ -90,7 +121,8 @@ class Part:
 
 
 def parts(history: History) -> dict[str, Part]:
-    """Of the whole run, in the order of `ROWS`: all sessions whose lines tell of phases.
+    """Of the whole run, in the order of `ROWS`: all sessions whose lines tell of phases; and
+    `KILLED`, the time of starts after their last line.
 
     Without those that no line tells of: ledgers of older versions have all-to-alls within the
     forward and the backward pass.
@@ -102,7 +134,13 @@ def parts(history: History) -> dict[str, Part]:
             own.add(line)
         for name, part in own.parts().items():
             found[name] = found[name].plus(part) if name in found else part
-    return {name: found[name] for name in ROWS if name in found}
+    told = {name: found[name] for name in ROWS if name in found}
+    if found and history.killed:
+        spent = sum((part.spent for part in history.killed), Spent())
+        told[KILLED] = Part(
+            round(spent.wall_seconds, 6), round(spent.device_seconds, 6), spent.dollars
+        )
+    return told
 
 
 class Books:
@@ -138,7 +176,7 @@ class Books:
         flops = {
             "training": _times(whole, self._trained),
             "forward": _times(forward, self._trained),
-            "backward": None if forward is None else _times(whole - forward, self._trained),
+            "backward": _times(None if forward is None else whole - forward, self._trained),
             "evaluation": _times(forward, self._evaluated),
         }
         return {
@@ -186,7 +224,7 @@ def rows(history: History) -> list[dict[str, Any]]:
             books.add(line)
             facts = {"session": number, "lasted": id(line) in lasted}
             told = {key: value for key, value in line.items() if key not in HIDDEN}
-            flops = per_token * line["tokens"]
+            flops = _times(per_token, line["tokens"])
             more = _columns(books.parts(), energy="phase_joules" in line)
             flat.append({**facts, **dict(_flat(told)), "flops": flops, **more})
     columns = dict.fromkeys(key for row in flat for key in row)

@@ -1,20 +1,26 @@
 """Whether a ledger is whole and adds up: what `kalmagrove ledger verify` says.
 
-Digests tell of lines that were changed, taken out or put in by hand; who changes all digests behind
-them as well is not found. Ledgers of older versions have none, nor phases: theirs are passed over.
+Digests tell of lines that were changed, taken out or put in by hand, and of lines taken off the end
+what the summary and the newest checkpoint beside the ledger know of it. Who changes all digests
+behind them as well is not found. Ledgers of older versions have neither digests nor phases: theirs
+are passed over.
 """
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from kalmagrove.config import KalmaGroveError
-from kalmagrove.track.ledger import FIRST, Line, line_digest, parse_line, split_digest
+from kalmagrove.config.attempts import beats
+from kalmagrove.track.ledger import FIRST, History, Line, line_digest, parse_line, split_digest
 
 CUMULATIVE = ("device_seconds", "wall_seconds", "usd")  # over all sessions
 WITHIN = ("step", "tokens", "mono")  # in one session
 TOLERANCE = 0.01  # of a session's wall clock
 SLACK_JOULES = 0.01  # lines have them to the thousandth
+NAME = re.compile(r"step-\d+")
 
 
 def faults(path: Path) -> list[str]:
@@ -23,6 +29,7 @@ def faults(path: Path) -> list[str]:
     Raises:
         KalmaGroveError: if there is no ledger, or nothing in it.
     """
+    known = list(_positions(path.parent))  # first: a run that goes on writes meanwhile
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -47,7 +54,80 @@ def faults(path: Path) -> list[str]:
             found.append((number, wrong))
         lines.append((number, line))
     found += _wrong(lines)
-    return [f"line {number} {wrong}" for number, wrong in sorted(found)]
+    found += [(len(raw) + 1, wrong) for wrong in _missing(known, content)]
+    return [
+        f"line {number} {wrong}" if number <= len(raw) else wrong for number, wrong in sorted(found)
+    ]
+
+
+def unfinished(path: Path) -> str | None:
+    """That the last session has no end, and what is not booked of it; None: it has one.
+
+    No fault: the run goes on, or was killed, and the next start books what is missing.
+    """
+    lines = [line for text in path.read_bytes().splitlines() if (line := parse_line(text))]
+    history = History(tuple(lines))
+    left = {beat.attempt: beat.seconds for beat in beats(path.parent)}
+    first = next((line for line in reversed(lines) if line["event"] in FIRST), {})
+    name = first.get("attempt")
+    ended = not lines or lines[-1]["event"] == "stop"
+    parts = []
+    if not ended:
+        said = "the last session has no end: it goes on, or was killed"
+        if name in left:
+            after = max(0.0, left[name] - sum(lines[-1].get("phases", {}).values()))
+            parts.append(f"{said} {after:.1f} s after its last line, which the next start books")
+        else:
+            parts.append(f"{said}, and nothing tells how long after its last line")
+    own = history.booked | {line.get("attempt") for line in lines if line["event"] in FIRST}
+    others = [seconds for attempt, seconds in left.items() if attempt not in own]
+    if others:
+        parts.append(
+            f"starts that have no line, or none yet: {len(others)}, {sum(others):.1f} s, which the "
+            "next one books"
+        )
+    return "; ".join(parts) or None
+
+
+def _missing(positions: Iterable[tuple[str, Mapping[str, Any]]], content: bytes) -> Iterator[str]:
+    """What was taken off the end, by what lies beside the ledger. Another ledger's is passed over:
+    that of the run whose checkpoint is continued, or one that is no longer there.
+    """
+    raw = content.splitlines()
+    digests = [parts[1] for text in raw if (parts := split_digest(text))]
+    last = next((line for text in reversed(raw) if (line := parse_line(text))), {})
+    for name, known in positions:
+        lost = "the ledger's last lines are missing"
+        if (ledger := known.get("ledger")) is None:  # of an older version
+            if known.get("bytes", 0) > len(content):
+                yield f"{name} knows of {known['bytes']:,} bytes: {lost}"
+            elif known["device_seconds"] > last.get("device_seconds", 0.0) + 0.002:
+                yield f"{name} knows of {known['device_seconds']:,.3f} device-seconds: {lost}"
+        elif digests[:1] == [ledger] and known["digest"] not in digests:
+            yield f"{name} knows of {known['lines']:,} lines, the last of which is not here: {lost}"
+
+
+def _positions(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What the summary and the newest checkpoint say of the ledger, and where that stands."""
+    if summary := _json(folder / "summary.json"):
+        position = summary.get("ledger")
+        if position is not None:
+            yield "summary.json", position
+        elif "device_seconds" in summary:
+            yield "summary.json", {"device_seconds": summary["device_seconds"]}
+    saved = [path for path in folder.glob("checkpoints/step-*") if NAME.fullmatch(path.name)]
+    if saved:
+        newest = max(saved, key=lambda path: int(path.name.removeprefix("step-")))
+        if meters := (_json(newest / "state.json") or {}).get("meters"):
+            yield f"checkpoint {newest.name}", meters
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _changed(text: bytes, before: str) -> str | None:
@@ -70,6 +150,8 @@ def _wrong(lines: list[tuple[int, Line]]) -> Iterator[tuple[int, str]]:
     before: float | None = None  # joules of the sessions before
     for number, line in lines:
         if line["event"] in FIRST:
+            for wrong in (*_opening(line, last), *_unended(line, first, last)):
+                yield number, wrong
             first, before = line, None
             lost = max(0, last.get("step", 0) - line["step"])
             if line.get("lost_steps") != lost:
@@ -88,6 +170,31 @@ def _wrong(lines: list[tuple[int, Line]]) -> Iterator[tuple[int, str]]:
                 yield number, f"has stages whose joules are {before - joules:+.3f} J off its own"
             before = joules
         last = line
+
+
+def _opening(line: Line, last: Line) -> Iterator[str]:
+    """Whether all that a session's first line adds to the cost is named there."""
+    inherited = line.get("inherited")
+    if not last and line["step"] > 0 and inherited is None:
+        yield f"begins at step {line['step']}, and of what that had cost the ledger has nothing"
+    if "attempt" not in line or "phases" not in line:  # of an older version
+        return
+    named = [*line.get("killed", ()), *([inherited] if inherited else ())]
+    own = sum(line["phases"].values())
+    for key, due in (("wall_seconds", own), ("device_seconds", own * line["devices"])):
+        due += sum(part[key] for part in named)
+        more = line[key] - last.get(key, 0.0)
+        if abs(more - due) > TOLERANCE * due + 0.05 * line["devices"]:
+            yield f"adds {more:.3f} to {key}, and names {due:.3f} of it"
+
+
+def _unended(line: Line, first: Line | None, last: Line) -> Iterator[str]:
+    """Whether it is known for how long the session before went on, if a kill ended it."""
+    name = first.get("attempt") if first else None
+    if name is None or last["event"] == "stop":
+        return
+    if name not in {part["attempt"] for part in line.get("killed", ())}:
+        yield "begins a session, but the one before has no end, and what it cost then is not booked"
 
 
 def _joules_before(line: Line) -> float | None:

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from rich.console import Console as RichConsole
 
 from kalmagrove.config import ConfigError, Training
-from kalmagrove.track.cost import Cost, process_age
+from kalmagrove.config.attempts import Attempt, process_age
+from kalmagrove.track.cost import Cost
 from kalmagrove.track.devices import peak_tflops
 from kalmagrove.track.energy import Energy
 from kalmagrove.track.gather import Groups
@@ -34,6 +35,7 @@ def build_meters(
     val_split_tokens: int | None = None,
     baselines: Mapping[str, float | None] | None = None,
     energy: Energy | None = None,
+    attempt: Attempt | None = None,
     started: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -50,7 +52,8 @@ def build_meters(
         val_split_tokens: predicted tokens of the held-out split.
         baselines: `unigram_nats` and `bigram_nats` of the held-out split.
         energy: counts since the run began to use some; None: from now on.
-        started: the `clock`'s reading when the run began to cost; None: this process's start.
+        attempt: this start, since which the devices cost; None: since this process began.
+        started: the `clock`'s reading when the run began to cost, if `attempt` does not say it.
         screen: where the console shows; None: stdout.
 
     Raises:
@@ -84,7 +87,7 @@ def build_meters(
     energy = energy or Energy.of(groups.device)
     _check_prices(run, groups, cost, energy)
     if started is None:
-        started = clock() - process_age()
+        started = clock() - (process_age() if attempt is None else attempt.age)
     return Meters(
         run,
         run_dir,
@@ -92,6 +95,7 @@ def build_meters(
         facts,
         cost,
         energy,
+        attempt=attempt.name if attempt else None,
         started=started,
         clock=clock,
         now=now,

@@ -4,12 +4,12 @@
 A device is a GPU, or on CPU a core; an unknown price gives None, never 0.
 """
 
-import os
-import time
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from kalmagrove.config import Price
 
@@ -94,6 +94,36 @@ class Spent:
         usd = None if self.usd is None or more is None else self.usd + more
         return Spent(self.device_seconds + seconds, usd, self.wall_seconds + wall_seconds)
 
+    def __add__(self, other: "Spent") -> "Spent":
+        usd = None if self.usd is None or other.usd is None else self.usd + other.usd
+        return Spent(
+            self.device_seconds + other.device_seconds,
+            usd,
+            self.wall_seconds + other.wall_seconds,
+        )
+
+    def __sub__(self, other: "Spent") -> "Spent":
+        usd = None if self.usd is None or other.usd is None else self.usd - other.usd
+        return Spent(
+            self.device_seconds - other.device_seconds,
+            usd,
+            self.wall_seconds - other.wall_seconds,
+        )
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Self:
+        """As ledgers have it."""
+        usd = None if told["usd"] is None else Decimal(str(told["usd"]))
+        return cls(told["device_seconds"], usd, told["wall_seconds"])
+
+    def told(self) -> dict[str, float | None]:
+        """As ledgers have it."""
+        return {
+            "device_seconds": round(self.device_seconds, 3),
+            "wall_seconds": round(self.wall_seconds, 3),
+            "usd": self.dollars,
+        }
+
 
 class Stored:
     """Byte-seconds of the files in a folder, by their sizes at the last look."""
@@ -104,11 +134,19 @@ class Stored:
 
     def look(self, now: float) -> None:
         self._sum, self._since = self.byte_seconds(now), now
-        files = (path for path in self._folder.rglob("*") if not path.is_symlink())
-        self.bytes = sum(path.stat().st_size for path in files if path.is_file())
+        self.bytes = sum(_bytes(path) for path in self._folder.rglob("*"))
 
     def byte_seconds(self, now: float) -> float:
         return self._sum + self.bytes * (now - self._since)
+
+
+def _bytes(path: Path) -> int:
+    """Of a file; 0 of anything else, and of what was removed meanwhile."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def show_usd(amount: Decimal | float | None) -> str:
@@ -122,17 +160,3 @@ def show_usd(amount: Decimal | float | None) -> str:
     exact = Decimal(str(amount))
     cents = exact.quantize(CENT, rounding=ROUND_HALF_UP)
     return "<$0.01" if exact > 0 and cents == 0 else f"${cents:,}"
-
-
-def process_age() -> float:
-    """Seconds since this process started (imports and data preparation cost money too).
-
-    Read from /proc; 0.0 where there is none.
-    """
-    try:
-        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-            after_name = file.read().rpartition(")")[2].split()
-        started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22: ticks since boot
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
-    except (OSError, ValueError, IndexError, AttributeError):
-        return 0.0

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from kalmagrove.config import KalmaGroveError
 from kalmagrove.track.phases import STAGES, TRAINING
-from kalmagrove.track.redact import scrub
+from kalmagrove.track.wandb_sink import refusal
 
 
 class Chart(NamedTuple):
@@ -151,24 +151,33 @@ def build(project: str, entity: str) -> list[Any]:
 
 
 def as_json(workspaces: list[Any]) -> str:
-    """What W&B's server would be sent, as an indented list."""
-    views = [json.loads(page._to_model().model_dump_json(exclude_none=True)) for page in workspaces]
-    return json.dumps(views, indent=1)
+    """What W&B's server would be sent, as an indented list: names, and the `spec` of each page.
+
+    It is sent as a string, and with a `name` that is drawn anew each time, which is left out.
+    """
+    return json.dumps([_sent(page._to_model()) for page in workspaces], indent=1)
+
+
+def _sent(view: Any) -> dict[str, Any]:
+    return {
+        "entityName": view.entity,
+        "projectName": view.project,
+        "displayName": view.display_name,
+        "type": "project-view",
+        "spec": json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True)),
+    }
 
 
 def push(workspaces: list[Any]) -> list[str]:
     """Save them on the server; returns their addresses.
 
     Raises:
-        KalmaGroveError: naming what W&B answered.
+        KalmaGroveError: naming what W&B answered, or that nothing answered.
     """
     try:
         for page in workspaces:
             page.save()
         return [str(page.url) for page in workspaces]
     except Exception as error:  # wandb's and its client's, of many kinds
-        said = scrub(str(error).strip().split("\n")[0])
-        raise KalmaGroveError(
-            f"W&B did not take the dashboards ({type(error).__name__}: {said}); give the --entity "
-            "and --project of yours, and a key with `wandb login`"
-        ) from None
+        remedy = "give the --entity and --project of yours, and a key with `wandb login`"
+        raise KalmaGroveError(f"dashboards: {refusal(error, remedy)}") from None

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +35,7 @@ Event = Literal[
 ]
 Line = dict[str, Any]
 FIRST = ("start", "resume")  # the events that begin a session
+EVERY = ("time", "mono", "step", "tokens", "device_seconds", "wall_seconds", "usd", "phases")
 DIGEST = re.compile(r'^(?P<body>.*), "digest": "(?P<digest>[0-9a-f]{12})"\}$')
 
 
@@ -46,6 +46,19 @@ class Lost:
     steps: int = 0
     tokens: int = 0
     device_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Killed:
+    """What a start cost after its last line, as a later one has booked it. attempt: its name, None
+    if it is not known.
+    """
+
+    attempt: str | None
+    spent: Spent
+
+    def told(self) -> dict[str, Any]:
+        return {"attempt": self.attempt, **self.spent.told()}
 
 
 @dataclass(frozen=True)
@@ -73,9 +86,7 @@ class History:
         """Device-seconds and dollars up to the last line, lost work included."""
         if not self.lines:
             return Spent()
-        usd = self.lines[-1]["usd"]
-        amount = None if usd is None else Decimal(str(usd))
-        return Spent(self.lines[-1]["device_seconds"], amount, self.wall_seconds)
+        return Spent.of({**self.lines[-1], "wall_seconds": self.wall_seconds})
 
     @property
     def wall_seconds(self) -> float:
@@ -92,20 +103,63 @@ class History:
 
     @property
     def goodput(self) -> float | None:
-        """Device time of the training steps that lasted, as a part of all that was paid for."""
+        """Device time of the training steps that lasted, as a part of all that was paid for, what
+        another ledger tells of apart.
+        """
         lasted = {id(line) for line in self.series("step")}
-        devices, seconds, paid = 1, 0.0, self.spent.device_seconds
+        devices, seconds = 1, 0.0
+        paid = self.spent.device_seconds - self.inherited.device_seconds
         for line in self.lines:
             devices = line.get("devices", devices)
             if id(line) in lasted:
                 seconds += line["train_seconds"] * devices
-        return seconds / paid if paid else None
+        return seconds / paid if paid > 0 else None
+
+    @property
+    def inherited(self) -> Spent:
+        """What the run had cost by another ledger, before it went on with this one."""
+        return sum((Spent.of(told) for told in self._inherited()), Spent())
+
+    @property
+    def inherited_lost(self) -> float:
+        """Device-seconds of it that were lost."""
+        return sum(told["lost_device_seconds"] for told in self._inherited())
+
+    @property
+    def inherited_joules(self) -> float | None:
+        told = [told["joules"] for told in self._inherited()]
+        return None if None in told else sum(told)
+
+    def _inherited(self) -> list[dict[str, Any]]:
+        return [line["inherited"] for line in self.lines if "inherited" in line]
+
+    @property
+    def killed(self) -> list[Killed]:
+        """Of all starts that died, what later ones have booked."""
+        parts = [part for line in self.lines for part in line.get("killed", ())]
+        return [Killed(part["attempt"], Spent.of(part)) for part in parts]
+
+    @property
+    def booked(self) -> set[str | None]:
+        """Names of the starts in `killed`."""
+        return {part.attempt for part in self.killed}
+
+    def of_attempt(self, name: str) -> list[Line]:
+        """The lines of the session of that start."""
+        found: list[Line] = []
+        inside = False
+        for line in self.lines:
+            if line["event"] in FIRST:
+                inside = line.get("attempt") == name
+            if inside:
+                found.append(line)
+        return found
 
     @property
     def joules(self) -> float | None:
         """Energy up to the last line that tells it, lost work included; None: not measurable."""
         told = [line["joules"] for line in self.lines if "joules" in line]
-        return told[-1] if told else 0.0
+        return told[-1] if told else self.inherited_joules
 
     @property
     def reached(self) -> tuple[int, int]:
@@ -135,7 +189,7 @@ def read_history(path: Path) -> History:
     """
     found = _parse(path.read_bytes())
     found.warn(path)
-    return History(tuple(found.lines))
+    return found.history()
 
 
 class Ledger:
@@ -155,6 +209,7 @@ class Ledger:
         found = _parse(content)
         found.warn(path)
         self._digest, good = found.digest, found.whole
+        self._id = found.id
         self._file = path.open("ab", buffering=0)  # a line is one write to the system
         if good < len(content):
             self._file.truncate(good)
@@ -187,7 +242,7 @@ class Ledger:
             done = self._file.write(text)
             if done != len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if event in ("checkpoint", "stop"):
+            if event in (*FIRST, "checkpoint", "stop"):
                 os.fsync(self._file.fileno())
         except OSError as error:
             with suppress(OSError):
@@ -196,11 +251,24 @@ class Ledger:
                 f"{self.path}: the ledger cannot be written ({error.strerror or error}); "
                 "make room and run the same command again: it continues from the last checkpoint"
             ) from error
+        self._id = self._id or digest
         self.lines, self.bytes, self._digest = self.lines + 1, self.bytes + len(text), digest
         return clean
 
+    def position(self) -> dict[str, Any]:
+        """Where it ends, for checkpoints and the summary: what is missing later is found by it.
+
+        ledger: which one it is, the digest of its first line. digest: that of the last one.
+        """
+        return {
+            "ledger": self._id,
+            "lines": self.lines,
+            "bytes": self.bytes,
+            "digest": self._digest,
+        }
+
     def history(self) -> History:
-        return History(tuple(_parse(self.path.read_bytes()).lines))
+        return _parse(self.path.read_bytes()).history()
 
     def series(self, event: Event) -> list[Line]:
         """See `History.series`."""
@@ -220,13 +288,34 @@ class _Content:
     """What is in a ledger's file.
 
     damaged: numbers of the lines that are left out, from 1. whole: bytes up to a torn last line.
-    digest: of the last whole line; "": it has none.
+    digest: of the last whole line; id: of the first; "": it has none.
     """
 
     lines: list[Line]
     damaged: list[int]
     whole: int = 0
     digest: str = ""
+    id: str = ""
+
+    def history(self) -> History:
+        """Of the lines; if the one that begins the first session is left out, with what the next
+        one tells of it.
+        """
+        if not self.lines or self.lines[0]["event"] in FIRST:
+            return History(tuple(self.lines))
+        line = self.lines[0]
+        seconds = line["device_seconds"], line.get("wall_seconds") or line["device_seconds"]
+        begun = {
+            **{key: line[key] for key in line if key in EVERY},
+            "event": "start",
+            **dict.fromkeys(("lost_steps", "lost_tokens"), 0),
+            "lost_device_seconds": 0.0,
+            "devices": round(seconds[0] / seconds[1]) if seconds[1] else 1,
+            "unit": "device",
+            "usd_per_device_hour": None,
+            "flops_per_token": None,
+        }
+        return History((begun, *self.lines))
 
     def warn(self, path: Path) -> None:
         if self.damaged:
@@ -253,6 +342,7 @@ def _parse(content: bytes) -> _Content:
             found.digest = "" if line else found.digest
         else:
             body, found.digest = match
+            found.id = found.id or found.digest
             due = None if before is None else {line_digest(digest, body) for digest in before}
             fits = fits and (due is None or found.digest in due)
             before = {found.digest} if fits else {found.digest, *(due or ())}

@@ -17,6 +17,7 @@ from rich.console import Console as RichConsole
 from torch import Tensor
 
 from kalmagrove.config import Training
+from kalmagrove.config.attempts import beats, forget
 from kalmagrove.track.bill import Bill
 from kalmagrove.track.budget import Pace, Watch
 from kalmagrove.track.console import Console
@@ -29,6 +30,7 @@ from kalmagrove.track.records import GridRefit, StepRecord
 from kalmagrove.track.redact import scrub
 from kalmagrove.track.sinks import Sink, open_sinks
 from kalmagrove.track.summary import Facts, bits_per_byte, results_table, summarize, write_summary
+from kalmagrove.track.wandb_sink import session_id
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Meters:
         cost: Cost,
         energy: Energy,
         *,
+        attempt: str | None,
         started: float,
         clock: Callable[[], float],
         now: Callable[[], datetime],
@@ -55,6 +58,7 @@ class Meters:
         self._gather, self._main = Gather(groups), groups.world.rank == 0
         self._measured: Mapping[str, float] = {}  # seconds of training by phase, at the last look
         self._split: Mapping[str, float] = {}  # and at the last line of steps
+        self._attempt = attempt
         self._stopped = self._failed = False
         self._resumed: dict[str, Any] | None = None
         self._step = self._tokens = 0
@@ -75,8 +79,9 @@ class Meters:
             self._console = Console(
                 run.track.console, title, run.steps, run_dir / "console.log", screen
             )
-        self._bill = Bill(cost, run_dir, history, started, clock)
-        self._pace, self._watch = Pace(history, run.steps), Watch(run.budget, history)
+        self._bill = Bill(cost, run_dir, history, started, clock, facts.world_size)
+        self._pace = Pace(history, run, facts.val_split_tokens)
+        self._watch = Watch(run.budget, history)
 
     # What the loop calls
 
@@ -84,19 +89,18 @@ class Meters:
         """Open the session: after a resume, before the first step."""
         self._step, self._tokens = step, tokens
         self._window, self._window_tokens = Window.on(self._groups.device), tokens
-        self._phases.add("startup", self._clock() - self._bill.started)
-        self._energy.book("startup")
+        self._mark = self._bill.started
+        self._end_pause("startup")
         if self._main:
             self._bill.look_at_storage()
             self._open_session(step, tokens)
             self._console.start(step)
+        self._end_pause("startup")  # sinks may take seconds to open
         self._bill.use(self._energy.used())
-        self._mark = self._clock()
 
     def step(self, record: StepRecord) -> None:
         """Count a step; writes a line every `track.every` steps and at the last."""
         self._record, self._step, self._tokens = record, record.step, record.tokens
-        begun, first = self._mark, self._pace.since is None
         self._window.add(record)
         if not record.skipped:
             self._grad_norm = record.grad_norm
@@ -106,8 +110,6 @@ class Meters:
             self._count_training()
             if self._main:
                 self._console.progress(record.step)
-        if not first:
-            self._pace.add(self._mark - begun)
         self._warn()
 
     def pause(self) -> None:
@@ -117,7 +119,8 @@ class Meters:
 
     def evaluated(self, step: int, tokens: int, nats: float, val_tokens: int) -> None:
         """Note a held-out loss, in nats per token, and of how many tokens it is the mean."""
-        seconds = self._pace.evaluation = self._end_pause("evaluation")
+        seconds = self._end_pause("evaluation")
+        self._pace.evaluated(step, seconds)
         self._val_loss = nats
         if self._main and not math.isfinite(nats):
             log.warning("the held-out loss at step %s is %s", step, nats)
@@ -133,7 +136,7 @@ class Meters:
 
     def saving(self, step: int, tokens: int) -> None:
         """A checkpoint is begun, and written while training goes on. Closes the averages."""
-        self._end_pause("checkpoint")
+        self._pace.waited(step, self._end_pause("checkpoint"))
         if self._window.steps:
             self._flush()
 
@@ -147,6 +150,7 @@ class Meters:
                 `saving` has closed the averages. None: this step, and all waited for it.
         """
         waited = self._end_pause("checkpoint")
+        self._pace.waited(step if saved is None else saved, waited)
         self._pace.checkpoint = waited if saved is None else seconds
         if self._main:
             self._bill.look_at_storage()
@@ -206,7 +210,8 @@ class Meters:
             phase_joules=self._bill.stages,
             **facts,
         )
-        summary = summarize(self._ledger.history(), self._facts, status=status, **facts)
+        position, history = self._ledger.position(), self._ledger.history()
+        summary = summarize(history, self._facts, status=status, ledger=position, **facts)
         write_summary(self._dir, summary)
         if summary["val_loss_nats"] is not None and status == "done":
             self._console.show(results_table(summary))
@@ -221,8 +226,9 @@ class Meters:
         """Up to this moment, earlier sessions and lost work included. Exact on rank 0."""
         return self._bill.spent
 
-    def over_budget(self) -> str | None:
-        """Which cap leaves no room for another step and what follows it; None: there is room.
+    def over_budget(self) -> tuple[str, str] | None:
+        """Why a cap leaves no room for another step and what follows it, and with what the run goes
+        on; None: there is room.
 
         Rank 0 alone can say: None on the others.
         """
@@ -232,14 +238,14 @@ class Meters:
         ahead = pace.step + pace.checkpoint
         if step == self._run.steps or step % self._run.eval.every == 0:
             ahead += pace.evaluation
-        then, more = self._bill.spent_after(ahead), self._run.batch.tokens
-        return self._watch.reached(self.spent, then, self._tokens, more)
+        spent, then = self.spent, self._bill.spent_after(ahead)  # in this order: time goes on
+        return self._watch.reached(spent, then, self._tokens, self._run.batch.tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """The ledger's position and the cost so far, for a checkpoint."""
         return {
-            "lines": self._ledger.lines if self._main else 0,
-            "bytes": self._ledger.bytes if self._main else 0,
+            **(self._ledger.position() if self._main else {}),
+            "attempt": self._attempt,
             **self._bill.state_dict(),
             "val_loss": self._val_loss,
         }
@@ -253,8 +259,10 @@ class Meters:
 
     def _open_session(self, step: int, tokens: int) -> None:
         """Write `start` or `resume`, with what was lost since the checkpoint that is continued."""
-        reached, cost = self._ledger.history().reached, self._bill.cost
-        lost = self._bill.resume(self._resumed, step)
+        known, cost = self._ledger.history(), self._bill.cost
+        reached = known.reached
+        left = [beat for beat in beats(self._dir) if beat.attempt != self._attempt]
+        lost, more = self._bill.resume(self._resumed, step, left, self._ledger.position()["ledger"])
         self._note(
             "resume" if step else "start",
             step,
@@ -262,7 +270,11 @@ class Meters:
             lost_steps=max(0, reached[0] - step),
             lost_tokens=max(0, reached[1] - tokens),
             lost_device_seconds=round(lost, 3),
+            **more,
+            attempt=self._attempt,
             run=self._facts.run,
+            run_id=session_id(known.lines, self._facts.run, self._dir),
+            folder=self._dir.name,
             world_size=self._facts.world_size,
             devices=cost.devices,
             unit=cost.unit,
@@ -272,7 +284,12 @@ class Meters:
             usd_per_gb_month=cost.usd_per_gb_month,
             flops_per_token=self._facts.flops_per_token,
             forward_flops_per_token=self._facts.forward_flops_per_token,
+            params_total=self._facts.params_total,
+            params_active=self._facts.params_active,
+            unigram_nats=self._facts.baselines.get("unigram_nats"),
+            bigram_nats=self._facts.baselines.get("bigram_nats"),
         )
+        forget(self._dir, [beat.attempt for beat in left])
         config, history = self._run.model_dump(mode="json"), self._ledger.history().effective()
         self._sinks = open_sinks(self._run.track, self._dir, self._facts.run, config, history)
 
@@ -339,8 +356,8 @@ class Meters:
     def _count_training(self) -> None:
         now = self._clock()
         self._window.train_seconds += now - self._mark
+        self._pace.train(self._step, now - self._mark, now)
         self._mark = now
-        self._pace.begin(self._step, now)
 
     def _end_pause(self, phase: str) -> float:
         """Seconds since the last call that were not training but `phase`."""

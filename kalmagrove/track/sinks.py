@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from kalmagrove.config import ConfigError, Track
 from kalmagrove.track.charts import charted
 from kalmagrove.track.redact import scrub, without_secrets
-from kalmagrove.track.wandb_sink import WandbSink
+from kalmagrove.track.wandb_sink import WandbSink, run_id
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +44,15 @@ def open_sinks(
     config: Mapping[str, Any],
     history: Iterable[Mapping[str, Any]] = (),
 ) -> list[Sink]:
-    """The sinks that `track` asks for, each with the `history` of lasting lines."""
+    """The sinks that `track` asks for, each with the `history` of lasting lines, among them that
+    which begins the session.
+    """
     lines = list(history)
     config = without_secrets(config)
     made: dict[str, Callable[[], Sink]] = {}
     if track.wandb != "disabled":
-        made["W&B"] = lambda: WandbSink(track, run_dir, run_name, config=config)
+        name = run_id(lines, run_name, run_dir)
+        made["W&B"] = lambda: WandbSink(track, run_dir, run_name, name, config=config)
     if track.tensorboard:
         made["TensorBoard"] = lambda: TensorboardSink(run_dir)
     if track.trackio:

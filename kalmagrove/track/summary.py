@@ -57,47 +57,20 @@ def summarize(history: History, facts: Facts, *, status: str, **more: Any) -> di
     val_loss_nats is the last evaluation's, in nats per token; val_bits_per_byte the same per byte
     of held-out text, comparable between tokenizers. tokens_per_s counts training alone, without
     evaluations and checkpoints; device_seconds and usd count everything, lost work too; goodput is
-    the part of device_seconds in which training steps were done that lasted. joules are
-    those of `track.energy`, to the last line. val_tokens were evaluated, of
-    the val_split_tokens that the baselines are for.
+    the part of device_seconds, without what is inherited from another ledger, in which training
+    steps were done that lasted. joules are those of `track.energy`, to the last line. val_tokens
+    were evaluated, of the val_split_tokens that the baselines are for.
     """
-    evals = history.series("eval")
-    val = evals[-1]["val_loss"] if evals else None
-    best = min((line["val_loss"] for line in evals if line["val_loss"] is not None), default=None)
-    steps, tokens = history.reached
-    spent, lost = history.spent, history.lost
     return {
         **more,
         "status": status,
         "run": facts.run,
-        "steps": steps,
-        "tokens": tokens,
-        "train_loss_nats": _last(history.series("step"), "loss"),
-        "val_loss_nats": val,
-        "best_val_loss_nats": best,
-        "val_bits_per_byte": bits_per_byte(val, facts.val_bytes_per_token),
+        **_figures(history),
         "val_bytes_per_token": facts.val_bytes_per_token,
-        "val_tokens": _last(evals, "val_tokens"),
         "val_split_tokens": facts.val_split_tokens,
         "unigram_nats": facts.baselines.get("unigram_nats"),
         "bigram_nats": facts.baselines.get("bigram_nats"),
-        "tokens_per_s": throughput(history.series("step")),
-        "tokens_per_s_device": _last(history.series("step"), "tokens_per_s_device"),
-        "mfu": _last(history.series("step"), "mfu"),
-        "hfu": _last(history.series("step"), "hfu"),
         "peak_tflops": facts.peak_tflops,
-        "peak_memory": max(
-            (line["peak_memory"] for line in history.series("step") if line.get("peak_memory")),
-            default=None,
-        ),
-        "device_seconds": spent.device_seconds,
-        "usd": None if spent.usd is None else float(spent.usd),
-        "joules": history.joules,
-        "wall_seconds": spent.wall_seconds,
-        "goodput": history.goodput,
-        "lost_steps": lost.steps,
-        "lost_device_seconds": lost.device_seconds,
-        "sessions": history.sessions,
         "params_total": facts.params_total,
         "params_active": facts.params_active,
         "flops_per_token": facts.flops_per_token,
@@ -111,6 +84,56 @@ def summarize(history: History, facts: Facts, *, status: str, **more: Any) -> di
         "versions": versions(),
         "machine": machine(facts.device),
     }
+
+
+def _figures(history: History) -> dict[str, Any]:
+    """What the ledger alone tells."""
+    evals, trained = history.series("eval"), history.series("step")
+    best = min((line["val_loss"] for line in evals if line["val_loss"] is not None), default=None)
+    steps, tokens = history.reached
+    spent, lost = history.spent, history.lost
+    return {
+        "steps": steps,
+        "tokens": tokens,
+        "train_loss_nats": _last(trained, "loss"),
+        "val_loss_nats": _last(evals, "val_loss"),
+        "best_val_loss_nats": best,
+        "val_bits_per_byte": _last(evals, "val_bits_per_byte"),
+        "val_tokens": _last(evals, "val_tokens"),
+        "tokens_per_s": throughput(trained),
+        "tokens_per_s_device": _last(trained, "tokens_per_s_device"),
+        "mfu": _last(trained, "mfu"),
+        "hfu": _last(trained, "hfu"),
+        "peak_memory": max(
+            (line["peak_memory"] for line in trained if line.get("peak_memory")), default=None
+        ),
+        "device_seconds": spent.device_seconds,
+        "usd": None if spent.usd is None else float(spent.usd),
+        "joules": history.joules,
+        "wall_seconds": spent.wall_seconds,
+        "goodput": history.goodput,
+        "lost_steps": lost.steps,
+        "lost_device_seconds": lost.device_seconds,
+        "sessions": history.sessions,
+    }
+
+
+def summary_of(run_dir: Path, history: History) -> dict[str, Any]:
+    """`summary.json`, if it is of the ledger's end; else what the ledger alone tells.
+
+    Its status is then that of the ledger's last line, or `open`: the run goes on, or was killed.
+    """
+    last = history.lines[-1]
+    if last["event"] == "stop":
+        try:
+            written: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+            if written["device_seconds"] == last["device_seconds"]:
+                return written
+        except (OSError, ValueError, KeyError):
+            pass  # killed while it was written
+    status = last["status"] if last["event"] == "stop" else "open"
+    run = next((line["run"] for line in reversed(history.lines) if "run" in line), run_dir.name)
+    return {"status": status, "run": run, **_figures(history)}
 
 
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> Path:

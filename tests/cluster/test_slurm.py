@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,11 @@ def test_preempted_saved_queued_again_and_bit_exact(
     assert [line["lost_steps"] for line in sessions] == [0, 0], "nothing is done twice"
     seconds = [line["wall_seconds"] for line in found]
     assert seconds == sorted(seconds)
+    log = (folder / "slurm" / "batch.log").read_text()
+    (began,) = re.findall(r"(\S+) job \S+ try 0: starts on", log)
+    stop = next(line for line in found if line["event"] == "stop")
+    ends = [datetime.fromisoformat(told).timestamp() for told in (began, stop["time"])]
+    assert stop["wall_seconds"] == pytest.approx(ends[1] - ends[0], abs=1.5), "of the job"
     verified = run(*kalmagrove("ledger", "verify", "runs/cut"), cwd=tmp_path, env=slurm)
     assert verified.returncode == 0, verified.stdout
     command = kalmagrove("train", *words, "name=whole")

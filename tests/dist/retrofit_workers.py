@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from kalmagrove.cli.compose import compose_tree
 from kalmagrove.cli.retrofit import retrofit_on_this_rank
 from kalmagrove.config import KalmaGroveError
+from kalmagrove.config.attempts import Attempt
 from kalmagrove.config.retrofit_run import retrofit_of
 from kalmagrove.engine import connect, disconnect
 from kalmagrove.parallel import Groups, barrier
@@ -32,7 +33,7 @@ def retrofits(common: list[str], runs: dict[str, Any]) -> dict[str, str]:
             prepare(Path(run.dir), name, job)
         barrier(world)
         try:
-            retrofit_on_this_rank(run, stay=True)
+            retrofit_on_this_rank(run, Attempt.now(), stay=True)
         except KalmaGroveError as error:
             said[name] = str(error)
     return said

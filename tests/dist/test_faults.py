@@ -1,5 +1,8 @@
 """Ranks are killed or hang while a run is supervised: it goes on as if nothing had happened."""
 
+import time
+from datetime import datetime
+
 import pytest
 
 from tests.dist.faults import HANG, Fault, Place
@@ -12,6 +15,7 @@ def test_killed_while_saving_and_hung(
 ) -> None:
     place = Place(tmp_path_factory.mktemp("faults"))
     faults = [Fault("kill", "save", step=4), Fault("sleep", "data", step=7)]
+    began = time.time()
     done = place.train("broken", *faults, words=("launch.max_restarts=2", HANG))
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if "starts again" in line]
@@ -37,3 +41,6 @@ def test_killed_while_saving_and_hung(
     assert "in _step" in culprit.read_text()
     assert "in all_to_all_single" in waiting.read_text()
     place.as_if_nothing_happened("broken")
+    last = place.lines("broken")[-1]
+    wall = datetime.fromisoformat(last["time"]).timestamp() - began
+    assert last["wall_seconds"] == pytest.approx(wall, rel=0.01), "ends and pauses, each once"

@@ -193,7 +193,7 @@ class Recorder:
         loss = all_reduce_sum(record.loss.clone(), self.groups.dp) / self.groups.dp.size
         self.steps[record.step] = (float(loss), float(record.grad_norm))
 
-    def over_budget(self) -> str | None:
+    def over_budget(self) -> tuple[str, str] | None:
         return None
 
     def pause(self) -> None:

@@ -257,8 +257,8 @@ def test_a_sweep_ends_with_a_comparison(
         (["nowhere"], 1, "nowhere is no folder"),
         (["empty"], 1, "empty holds no finished run"),
         (["empty", "--pair", "kan"], 2, "--pair=kan must be two arms, ARM:ARM"),
-        (["empty", "--colour", "red"], 2, "is not understood; see --help"),
-        (["empty", "--resamples", "few"], 2, "is not understood; see --help"),
+        (["empty", "--colour", "red"], 2, "--colour red; see kalmagrove compare --help"),
+        (["empty", "--resamples", "few"], 2, "invalid int value: 'few'"),
     ],
 )
 def test_what_compare_refuses(

@@ -5,12 +5,17 @@ import os
 import signal
 import subprocess
 import time
+from datetime import datetime
 from pathlib import Path
 
 import psutil
 import pytest
 
+from kalmagrove.config.attempts import BEAT, beats
 from kalmagrove.engine.connect import free_port
+from kalmagrove.track import read_history
+from kalmagrove.track.accounts import sessions
+from kalmagrove.track.audit import faults
 from tests.e2e.conftest import command, run
 
 pytestmark = pytest.mark.e2e
@@ -34,9 +39,11 @@ def finished(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     place = tmp_path_factory.mktemp("finished")
     words = [*settings, TWO, "zero=stage2", "steps=24", "name=whole", "checkpoint.every=8"]
     words += ["profile=steps", "profile.steps=[2,3]", "track.tensorboard=true"]
+    began = time.time()
     done = run("train", *words, cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     (place / "stdout").write_text(done.stdout)
+    (place / "began").write_text(str(began))
     return place
 
 
@@ -65,6 +72,18 @@ def test_what_a_run_leaves(finished: Path) -> None:
     out = (finished / "stdout").read_text()
     assert "bigram" in out
     assert (folder / "samples" / "step-000024.txt").read_text().strip() in out
+
+
+def test_its_phases_add_up_to_the_time_since_the_command(finished: Path) -> None:
+    """Preparing data, and starting the ranks, which other processes do, included."""
+    folder = finished / "runs" / "whole"
+    stop = json.loads((folder / "ledger.jsonl").read_text().splitlines()[-1])
+    ended = datetime.fromisoformat(stop["time"]).timestamp()
+    wall = ended - float((finished / "began").read_text())
+    assert sum(stop["phases"].values()) == pytest.approx(wall, rel=0.01)
+    assert stop["wall_seconds"] == pytest.approx(wall, rel=0.01)
+    assert faults(folder / "ledger.jsonl") == []
+    assert beats(folder) == []
 
 
 def test_what_was_looked_at_while_it_trained(finished: Path) -> None:
@@ -176,12 +195,14 @@ def test_killed_and_resumed_is_bit_exact(
     finished: Path, settings: list[str], tmp_path: Path
 ) -> None:
     words = [*settings, TWO, "zero=stage2", "steps=24", "name=whole", "checkpoint.every=8"]
+    began = time.monotonic()
     process = start(words, tmp_path)
     folder = tmp_path / "runs" / "whole"
     wait_for(process, folder, 11)
     for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
         victim.send_signal(signal.SIGKILL)
     process.wait()
+    real = time.monotonic() - began
     reached = max(losses(folder))
     assert 11 <= reached < 24, "the kill came in time"
     done = run("train", *words, cwd=tmp_path)
@@ -191,6 +212,9 @@ def test_killed_and_resumed_is_bit_exact(
     (resumed,) = [line for line in lines if line["event"] == "resume"]
     assert resumed["step"] in (8, 16)
     assert resumed["lost_steps"] == reached - resumed["step"]
+    booked = sessions(read_history(folder / "ledger.jsonl"))[0].spent.wall_seconds
+    assert real - 1.5 * BEAT < booked < real + 0.1, "up to the last beat before the kill"
+    assert (faults(folder / "ledger.jsonl"), beats(folder)) == ([], [])
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "done"
     assert summary["tokens"] == 24 * 512

@@ -61,10 +61,10 @@ def test_phases_begin_anew_with_a_session_and_add_up(run_dir: Path) -> None:
     }  # fmt: skip
     assert (two.phases["startup"], two.phases["evaluation"]) == (3.0, 2.5)
     assert (sum(one.phases.values()), sum(two.phases.values())) == (14.0, 17.5)
-    assert (one.wall_seconds, two.wall_seconds) == (14.0, 17.5)
-    assert (one.ended, two.ended) == ("open", "done")
-    assert float(one.usd or 0) == pytest.approx(0.14)
-    assert float(two.usd or 0) == pytest.approx(0.175)
+    assert (one.spent.wall_seconds, two.spent.wall_seconds) == (14.0, 17.5)
+    assert (one.ended, two.ended) == ("killed", "done")
+    assert float(one.spent.usd or 0) == pytest.approx(0.14)
+    assert float(two.spent.usd or 0) == pytest.approx(0.175)
 
 
 def test_dollars_tokens_and_flops_of_phases(run_dir: Path) -> None:
@@ -103,7 +103,7 @@ def test_lines_of_older_versions_are_read(run_dir: Path, tmp_path_factory: Any) 
     old.write_text(text.replace('"usd_per_device_hour": 36.0', '"usd_per_device_hour": 9.0'))
     history = read_history(old)
     assert history.wall_seconds == 31.5
-    assert [session.wall_seconds for session in sessions(history)] == [14.0, 17.5]
+    assert [session.spent.wall_seconds for session in sessions(history)] == [14.0, 17.5]
     assert parts(history) == {}
     assert faults(old) == []
     assert cli.main(["ledger", "show", str(old)]) == 0
@@ -246,7 +246,7 @@ def test_after_a_failure_the_device_is_not_asked(tmp_path: Path) -> None:
 def test_show_and_export(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ledger", "show", str(run_dir)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for part in ("0 to 4", "2 to 8", "open", "$0.14", "$0.18", "startup 8.00 25.4% 8.00 $0.08 -",
+    for part in ("0 to 4", "2 to 8", "killed", "$0.14", "$0.18", "startup 8.00 25.4% 8.00 $0.08 -",
                  "training 20.00 63.5% 20.00 $0.20 - 160 1.6e+11", "all-to-all 0.00 0.0%",
                  "evaluation 2.50 7.9% 2.50 $0.03 - 700 1.75e+11"):  # fmt: skip
         assert part in shown, shown
@@ -282,7 +282,7 @@ def test_show_and_export(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["show", "{}/none"], "holds no ledger.jsonl; name a run's folder"),
         (["export", "{}", "--out", "{}/x.xlsx"], "must end in .csv or .parquet"),
         (["export", "{}", "--out", "{}/no/x.csv"], "cannot be written (No such file"),
-        (["look", "{}"], "is not understood; see kalmagrove ledger --help"),
+        (["look", "{}"], "invalid choice: 'look'"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import operator
 import re
 import signal
@@ -147,6 +148,21 @@ def test_finished_is_only_the_same_configuration(tmp_path: Path) -> None:
         run_folder.finished(folder, other)
 
 
+def test_dollars_cannot_be_capped_of_a_run_that_had_no_price(tmp_path: Path) -> None:
+    words = ("name=a", "budget.usd=1.0", "price.usd_per_core_hour=0.05")
+    folder = tmp_path / "a"
+    assert run_folder.finished(folder, tiny(tmp_path, *words)) is None, "it has not begun"
+    folder.mkdir()
+    line = {"event": "stop", "device_seconds": 9.0, "wall_seconds": 9.0}
+    (folder / "ledger.jsonl").write_text(json.dumps({**line, "usd": 0.5}) + "\n")
+    assert run_folder.finished(folder, tiny(tmp_path, *words)) is None
+    (folder / "ledger.jsonl").write_text(json.dumps({**line, "usd": None}) + "\n")
+    with pytest.raises(ConfigError, match=r"budget.usd=1.0 cannot be kept: a has .*budget.hours"):
+        run_folder.finished(folder, tiny(tmp_path, *words))
+    hours = tiny(tmp_path, "name=a", "budget.hours=1.0")
+    assert run_folder.finished(folder, hours) is None
+
+
 def test_a_saved_configuration_continues_the_run_begun_anew(tmp_path: Path) -> None:
     first = pretend_done(tiny(tmp_path, "steps=5", "name=a"))
     again = tiny(tmp_path, "steps=5", "name=a", "checkpoint.resume=never")
@@ -239,7 +255,7 @@ def test_exit_codes() -> None:
 def test_a_launcher_that_lost_the_run_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(train, "supervise", lambda run, nproc: 0)
+    monkeypatch.setattr(train, "supervise", lambda run, nproc, heartbeat: 0)
     monkeypatch.setattr("kalmagrove.data.prepare", lambda data: None)
     monkeypatch.setattr("kalmagrove.data.check_seq_len", lambda prepared, seq_len: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -215,6 +215,25 @@ def test_the_exit_code_is_that_of_the_worst(
     }  # fmt: skip
 
 
+def test_where_the_findings_go_is_looked_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    looked: list[Any] = []
+    look = lambda *_: looked.append(sorted(tmp_path.iterdir())) or []  # noqa: E731
+    monkeypatch.setattr(doctor, "examine", look)
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "found.json"):
+        assert main(["doctor", "--json", str(place)]) == 1
+        error = capsys.readouterr().err
+        assert f"--json {place} cannot be written (" in error
+        assert error.count("\n") == 1
+    assert not looked
+    assert main(["doctor", "--json", str(tmp_path / "found.json")]) == 0
+    assert looked == [[tmp_path / "file"]], "no file until there is something to say"
+    assert main(["doctor", "--json", "/dev/full"]) == 1, "a disk that became full meanwhile"
+    assert "--json /dev/full cannot be written (No space" in capsys.readouterr().err
+
+
 def test_a_check_that_breaks_does_not_hide_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

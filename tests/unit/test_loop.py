@@ -82,6 +82,14 @@ def test_a_full_disk_does_not_hide_the_error(
     assert "could not be written down: No space left on device" in caplog.text
 
 
+def test_a_run_that_no_cap_can_keep_is_not_told_to_raise_it(tmp_path: Path) -> None:
+    engine = SimpleNamespace(groups=Groups.single())
+    meters = SimpleNamespace(over_budget=lambda: ("what it has cost is unknown", "budget.usd=null"))
+    said = "unknown, at step 3 of 8; nothing to save; the same command with budget.usd=null cont"
+    with pytest.raises(BudgetReached, match=said):
+        loop._train(engine, None, [], meters, State(tmp_path, step=3), make_run(), None, None)  # type: ignore[arg-type]
+
+
 def test_how_a_stopped_run_is_continued() -> None:
     state = State(Path("runs/a-2/checkpoints"))
     assert loop._continued_by(state, make_run()) == "the same command"

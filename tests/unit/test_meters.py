@@ -16,6 +16,7 @@ from tiny_run import make_run
 from torch import Tensor
 
 from kalmagrove.config import Run
+from kalmagrove.config.attempts import Attempt
 from kalmagrove.parallel import Groups
 from kalmagrove.track import GridRefit, Meters, StepRecord, build_meters, read_history
 from kalmagrove.track.audit import faults
@@ -45,6 +46,7 @@ class Session:
         run: Run | None = None,
         clock: Clock | None = None,
         energy: Energy | None = None,
+        attempt: str | None = None,
     ) -> None:
         self.run, self.clock, self.out = run or make_run(), clock or Clock(), io.StringIO()
         self.path, self.done = run_dir, 0
@@ -60,6 +62,7 @@ class Session:
             val_bytes_per_token=4.0,
             baselines={"unigram_nats": 6.0, "bigram_nats": 4.5},
             energy=energy,
+            attempt=Attempt(attempt, "", 0.0) if attempt else None,
             started=self.clock(),
             clock=self.clock,
             now=lambda: self.now(),
@@ -109,6 +112,25 @@ def test_a_line_averages_the_steps_since_the_last(tmp_path: Path) -> None:
     assert session.lines("step")[-1]["loss"] == 2.5
 
 
+def test_opening_the_sinks_is_part_of_starting_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("kalmagrove.track.meters.open_sinks", lambda *_: clock.add(3.0) or [])
+    session = Session(tmp_path, clock=clock, energy=Energy(lambda: 10 * clock.time))
+    session.clock.add(5.0)
+    session.meters.start(0, 0)
+    session.step(1)
+    session.step(2)
+    session.meters.stop("done")
+    (start,), (stop,) = session.lines("start"), session.lines("stop")
+    assert (start["phases"]["startup"], start["phases"]["idle"]) == (5.0, 0.0)
+    assert (stop["phases"]["startup"], sum(stop["phases"].values())) == (8.0, 12.0)
+    assert (stop["phase_joules"]["startup"], stop["phase_joules"]["training"]) == (80.0, 40.0)
+    assert session.lines("step")[0]["tokens_per_s"] == 8.0
+    assert faults(tmp_path / "ledger.jsonl") == []
+
+
 def test_cost_counts_from_the_start_and_projects_to_the_end(tmp_path: Path) -> None:
     session = Session(tmp_path)
     session.clock.add(5.0)
@@ -153,6 +175,20 @@ def test_pauses_are_paid_but_not_counted_as_training(tmp_path: Path) -> None:
     (saved,) = session.lines("checkpoint")
     assert (saved["seconds"], saved["path"]) == (6.9, "checkpoints/step-1")
     assert session.lines("step")[-1]["device_seconds"] == 21.0
+
+
+def test_a_pause_that_nothing_explains_is_idle(tmp_path: Path) -> None:
+    """As between two calls of `pause`, while a profile is written."""
+    session = Session(tmp_path)
+    session.meters.start(0, 0)
+    session.step(1)
+    session.meters.pause()
+    session.clock.add(10.0)
+    session.meters.pause()
+    session.step(2)
+    (line,) = session.lines("step")
+    assert (line["tokens_per_s"], line["train_seconds"]) == (8.0, 4.0)
+    assert (sum(line["phases"].values()), line["phases"]["idle"]) == (14.0, 10.5), "0.5 are steps'"
 
 
 def test_a_refit_is_one_line_that_names_its_grids(tmp_path: Path) -> None:

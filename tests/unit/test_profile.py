@@ -33,6 +33,8 @@ def work(profiler: StepProfiler, numbers: range) -> None:
     for number in numbers:
         with profiler.step(number):
             torch.ones(3) + number
+        if number == profiler.last:
+            profiler.close()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -80,6 +82,39 @@ def test_a_run_that_ends_early_leaves_what_it_has(
     assert steps_of(trace) == {"step 2", "step 3"}
 
 
+def test_writing_the_trace_is_no_time_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through `fit`: training rests before it is written, and goes on from behind it."""
+    told: list[str] = []
+
+    def step(engine: Any, batches: Any, meters: Any, state: State, run: Training) -> None:
+        torch.ones(3) + state.step
+        state.step += 1
+        told.append(f"step {state.step}")
+        if state.step == 4:
+            raise RuntimeError("enough")
+
+    monkeypatch.setattr(loop, "_step", step)
+    close = StepProfiler.close
+    monkeypatch.setattr(StepProfiler, "close", lambda self: told.append("close") or close(self))
+    meters = SimpleNamespace(
+        start=lambda *_: None,
+        stop=lambda *_, **__: None,
+        over_budget=lambda: None,
+        pause=lambda: told.append("pause"),
+    )
+    engine: Any = SimpleNamespace(groups=Groups.single(), progress=Progress())
+    run = make_run(profile={"steps": [2, 3]}, eval={"every": 100}, checkpoint={"every": 100})
+    with pytest.raises(RuntimeError, match="enough"):
+        loop.fit(engine, None, [], meters, State(tmp_path / "checkpoints"), run)  # type: ignore[arg-type]
+    assert told == [
+        "step 1", "step 2", "step 3", "pause", "close", "pause", "step 4", "close",
+    ]  # fmt: skip
+    (trace,) = (tmp_path / "profile").iterdir()
+    assert steps_of(trace) == {"step 2", "step 3"}
+
+
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_a_gpu_leaves_a_memory_snapshot_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -104,6 +139,24 @@ def test_a_full_disk_does_not_end_the_training(
     assert "the profile of rank 0 is not written" in caplog.text
 
 
-def test_the_order_of_steps() -> None:
+@pytest.mark.parametrize(("done", "seen"), [(1, (2, 3)), (2, (3, 3)), (3, None)])
+def test_steps_of_earlier_sessions_are_warned_of(
+    done: int, seen: tuple[int, int] | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    profiler = StepProfiler(Profile(steps=(2, 3)), tmp_path / "profile", Groups.single(), done)
+    work(profiler, range(done + 1, 5))
+    traces = [path.name for path in tmp_path.glob("profile/*")]
+    assert traces == ([f"trace-steps-{seen[0]}-{seen[1]}-rank-0.json.gz"] if seen else [])
+    said = {2: "steps 3 to 3 are left", 3: "nothing is profiled"}.get(done)
+    told = [f"profile.steps=[2, 3]: the run has {done} steps behind it; {said}"]
+    assert [record.message for record in caplog.records] == (told if said else [])
+
+
+def test_steps_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match=r"profile.steps=\[5, 3\] must be.*try \[3, 5\]"):
         make_run(profile={"steps": [5, 3]})
+    with pytest.raises(
+        ConfigError, match=r"profile.steps=\[9, 12\] must begin by .*, steps=8; try"
+    ):
+        make_run(profile={"steps": [9, 12]})
+    assert make_run(profile={"steps": [8, 12]}).profile.steps == (8, 12)

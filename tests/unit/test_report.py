@@ -24,6 +24,8 @@ from kalmagrove.track import Ledger, Spent
 from kalmagrove.track.report import (
     EdgeCurve,
     EdgePanel,
+    Live,
+    NotBegun,
     RunData,
     Server,
     read_run,
@@ -81,6 +83,10 @@ class Run:
                     "dead_edges": 0.01, "out_of_range": 0.02,
                 },
                 "comm": {"alltoall_bytes": 1e6},
+                "rank_seconds_min": 2.0,
+                "rank_seconds_mean": 2.5,
+                "rank_seconds_max": 3.0,
+                "slowest_rank": step % 2,
             }  # fmt: skip
             self.note("step", step, **told | facts)
         return self
@@ -143,7 +149,8 @@ def page_of(*runs: RunData) -> Page:
     for attrs in charts:
         assert attrs["aria-labelledby"] in ids
         assert attrs["aria-describedby"] in ids
-    assert len(charts) == len([1 for tag, _ in page.found if tag == "figure"])
+    figures = [1 for tag, _ in page.found if tag == "figure"]
+    assert len({attrs["aria-labelledby"] for attrs in charts}) == len(figures)
     return page
 
 
@@ -167,11 +174,12 @@ def test_a_run_that_is_done_has_every_figure(tmp_path: Path) -> None:
     page = page_of(run.read(config=config, edges=EDGES))
     assert titles(page) == {
         "loss-tokens", "loss-time", "loss-dollars", "throughput", "mfu", "split", "memory", "comm",
-        "grad-norm", "groves-0", "load-0", "edges-used", "functions-0", "budget", "hours",
+        "ranks", "grad-norm", "groves-0", "load-0", "edges-used", "functions-0", "budget", "money",
+        "hours",
     }  # fmt: skip
     for words in ("At step 10: a grove's", "from 0.5 to 1.5 of an even share", "done", "10 of 10",
                   "unigram", "bigram", "2 kWh", "$1.02", "1.64M", "def main()",
-                  "track.every", "usd 5"):  # fmt: skip
+                  "track.every", "$5.00"):  # fmt: skip
         assert words in page.text, words
     tight = run.read(config={"budget": {"usd": 500.0}})
     assert "Far above, not drawn: the budget of one, $500.00." in page_of(tight).text
@@ -194,10 +202,98 @@ def test_what_a_run_does_not_have_is_left_out_with_the_reason(tmp_path: Path) ->
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
-    page = page_of(Run(tmp_path / "new").read())
+    page = page_of(Run(tmp_path / "new").read(config={"budget": {"hours": 1.0}}))
     assert titles(page) == set()
-    assert "no step is written yet" in page.text
     assert "running, or killed" in page.text
+    for name in ("Loss against dollars", "Budget", "Own time of ranks", "Edge activity",
+                 "Dollars spent and projected", "Model FLOPs utilisation"):  # fmt: skip
+        assert f"{name}  is left out: no step is written yet" in page.text, name
+    assert "the price is unknown" not in page.text
+
+
+def test_what_a_live_run_says_of_its_model(tmp_path: Path) -> None:
+    """There is no summary.json yet."""
+    facts = {"params_total": 1_640_000, "params_active": 820_000}
+    facts |= {"unigram_nats": 5.9, "bigram_nats": None}
+    live = Run(tmp_path / "live", **facts).steps(1, 3).read()
+    assert headline(live)["parameters"] == "1.64M"
+    assert headline(live)["active parameters"] == "820k"
+    text = page_of(live).text
+    assert "unigram" in text
+    assert "bigram" not in text, "its loss is unknown"
+    old = Run(tmp_path / "old").steps(1, 3)
+    (old.folder / "summary.json").write_text(json.dumps({"params_total": 2000}))
+    assert headline(old.read())["parameters"] == "2000", "of older ledgers in the summary alone"
+
+
+def test_every_cap_is_drawn(tmp_path: Path) -> None:
+    run = Run(tmp_path / "capped", usd=False).steps(1, 4, seconds_left=16.0)
+    run.note("stop", 4, status="budget", reason="budget.tokens=500 is reached")
+    config: dict[str, Any] = {"steps": 8, "budget": {"usd": None, "hours": 1.0, "tokens": 500}}
+    page = page_of(run.read(config=config))
+    assert "budget" in titles(page)
+    assert "hours: 20 s of 1.00 hours, the whole run at this pace 36 s." in page.text
+    assert "tokens: 400 tokens of 500 tokens, the whole run at this pace 800 tokens." in page.text
+    assert "highest 80%" in page.text
+    assert "highest 0.556%" in page.text
+    assert "Dollars spent and projected  is left out: the price is unknown" in page.text
+    assert headline(run.read(config=config))["budget"] == "1.00 hours, 500 tokens"
+    free = page_of(run.read(config={"budget": {"usd": None}}))
+    assert "Budget  is left out: no budget was set" in free.text
+    unknown = run.read()
+    assert "Budget  is left out: config.yaml is missing" in page_of(unknown).text
+    assert headline(unknown)["budget"] == "unknown"
+    priced = Run(tmp_path / "priced").steps(1, 4).read(config={"budget": {"usd": 2.0}})
+    both = page_of(run.read(config=config), priced)
+    for words in ("capped: hours", "capped: tokens", "priced: dollars: $0.40 of $2.00"):
+        assert words in both.text, words
+
+
+def test_stragglers(tmp_path: Path) -> None:
+    run = Run(tmp_path / "two").steps(1, 3)
+    run.steps(4, 4, slowest_rank=5, rank_seconds_max=5.0)
+    page = page_of(run.read())
+    assert "The slowest, of 4 lines: rank 1 in 2, rank 0 in 1, rank 5 in 1." in page.text
+    assert "slowest: 4 points, from 3000 to 5000" in page.text
+    assert re.search(r"5\s+1\s+25%\s+100%", page.text), "the table: above the mean of 2.5 s"
+    one = Run(tmp_path / "one", world_size=1).steps(1, 3)
+    assert "Own time of ranks  is left out: there is one rank" in page_of(one.read()).text
+    one.note("resume", 3, **BEGIN)
+    one.steps(4, 5)
+    assert "of 2 lines" in page_of(one.read()).text, "those of the session with several"
+    old = Run(tmp_path / "old").steps(1, 3).read()
+    for line in old.history.lines:
+        for key in [key for key in line if key.startswith("rank_")]:
+            del line[key]
+    assert "the ledger, of an older version, does not tell it" in page_of(old).text
+    alone = Run(tmp_path / "alone", world_size=1).steps(
+        1, 3, rank_seconds_min=2.5, rank_seconds_max=2.5
+    )
+    chart = page_of(run.read(), alone.read())
+    assert "two: 4 points, from 20% to 100%" in chart.text
+    assert "Left out: alone, as there is one rank." in chart.text
+
+
+def test_a_comparison_names_the_runs_that_it_leaves_out(tmp_path: Path) -> None:
+    runs = [
+        Run(tmp_path / "priced").steps(1, 3).evaluate(3).read(),
+        Run(tmp_path / "second").steps(1, 3).evaluate(3).read(),
+        Run(tmp_path / "free", usd=False).steps(1, 3, model={}).evaluate(3).read(),
+        Run(tmp_path / "new").read(),
+    ]
+    page = page_of(*runs)
+    told = "Left out: free, as the price is unknown (price=NAME); new, as no step is written yet."
+    assert page.text.count(told) == 2, "loss against dollars, dollars spent"
+    assert (
+        "Left out: free, as the price is unknown; new, as there is no held-out loss yet."
+        in page.text
+    )
+    edges = "Left out: free, as the model has no edge functions; new, as no step is written yet."
+    assert page.text.count(edges) == 3
+    assert "Left out: new, as no step is written yet." in page.text
+    pair = page_of(*runs[:2]).text.partition("Inside the model")[0]
+    assert "as the price" not in pair
+    assert "as no step" not in pair
 
 
 def test_a_live_run_with_a_torn_line_and_a_stopped_and_a_failed_one(tmp_path: Path) -> None:
@@ -258,6 +354,20 @@ def test_phases_say_where_the_time_went(tmp_path: Path) -> None:
     share = cost_figures.spent(run.read())
     assert share == pytest.approx({"startup": 8 / 30, "forward": 18 / 30, "other": 4 / 30})
     assert "10 device-seconds of it were lost work" in page_of(run.read()).text
+
+
+def test_killed_starts_are_told_of(tmp_path: Path) -> None:
+    run = Run(tmp_path / "killed")
+    run.steps(1, 2, phases={"forward": 10.0})
+    killed = [{"attempt": name, "device_seconds": 3.0, "wall_seconds": 1.5, "usd": 0.03}
+              for name in ("a", None)]  # fmt: skip
+    run.spent += 6
+    run.note("resume", 2, **BEGIN | {"lost_device_seconds": 6.0, "killed": killed})
+    run.steps(3, 3, phases={"forward": 5.0})
+    share = {"forward": 30 / 36, "killed": 6 / 36, "other": 0.0}
+    assert cost_figures.spent(run.read()) == pytest.approx(share)
+    text = page_of(run.read()).text
+    assert "; after their last lines killed starts took 6 of these" in text
 
 
 def test_predicted_and_actual(tmp_path: Path) -> None:
@@ -387,11 +497,17 @@ def test_ledgers_that_are_missing_empty_or_spoilt(
         read_run(tmp_path)
     with pytest.raises(DataError, match=r"has no ledger\.jsonl"):
         run_folders([tmp_path])
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(NotBegun, match=r"no ledger\.jsonl yet: the run has not begun; try again"):
+        run_folders([tmp_path])
+    assert run_folders([tmp_path], starting=True) == [tmp_path]
+    with pytest.raises(DataError, match=r"name the folder of a run"):
+        run_folders([tmp_path / "typo"], starting=True)
     (tmp_path / "ledger.jsonl").touch()
-    with pytest.raises(DataError, match="is empty: the run has not begun"):
+    with pytest.raises(NotBegun, match="is empty: the run has not begun"):
         read_run(tmp_path)
     (tmp_path / "ledger.jsonl").write_text("x\n{}\n")
-    with pytest.raises(DataError, match="is empty: the run has not begun"):
+    with pytest.raises(DataError, match="holds no line that can be read; see kalmagrove ledger"):
         read_run(tmp_path)
     assert "1 damaged or changed lines are left out (1)" in caplog.text
 
@@ -418,9 +534,11 @@ def test_the_server_follows_the_ledger(tmp_path: Path) -> None:
     run = Run(tmp_path / "live").steps(1, 2)
     made: list[int] = []
 
-    def make() -> str:
+    def make(version: str) -> str:
         made.append(1)
-        return render([run.read()], every=5)
+        if len(made) == 1:
+            run.steps(3, 3)  # while the page is made
+        return render([run.read()], Live(5, version))
 
     with Server("127.0.0.1", 0, [run.folder], make) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -430,15 +548,24 @@ def test_the_server_follows_the_ledger(tmp_path: Path) -> None:
             assert status == 200
             assert "location.reload" in page
             assert "connect-src 'self'" in page
-            version = get(server.url + "version")
+            _, version = get(server.url + "version")
+            assert f'!== "{version}"' not in page, "older than what the page asks for"
+            _, page = get(server.url)
+            assert f'!== "{version}"' in page
             assert get(server.url) == (200, page)
-            assert len(made) == 1, "nothing new: not made again"
-            run.steps(3, 3)
-            assert get(server.url + "version") != version
-            assert "300" in get(server.url)[1]
-            assert len(made) == 2
+            assert len(made) == 2, "nothing new: not made again"
+            for name in ("ledger.jsonl", "summary.json", "samples/a.txt", "checkpoints/step-1"):
+                (run.folder / name).parent.mkdir(exist_ok=True)
+                with (run.folder / name).open("a") as file:
+                    file.write("{}")
+                before, version = version, get(server.url + "version")[1]
+                assert version != before, name
             assert get(server.url + "../../etc/passwd")[0] == 404
-            (run.folder / "ledger.jsonl").unlink()
+            request = urllib.request.Request(server.url, method="HEAD")
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                assert (answer.status, answer.read()) == (200, b"")
+                assert int(answer.headers["Content-Length"]) > 10_000
+            (run.folder / "ledger.jsonl").write_text("")
             assert get(server.url)[0] == 503
         finally:
             server.shutdown()
@@ -449,6 +576,21 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
         port = server.server_address[1]
         with pytest.raises(ConfigError, match=rf"--serve=127\.0\.0\.1:{port} cannot be served"):
             Server("127.0.0.1", port, [tmp_path], str)
+
+
+def test_a_run_that_is_starting_up_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "new" / ".alive").mkdir(parents=True)
+    one = Run(tmp_path / "one").steps(1, 2)
+    reader = cli.Reader([tmp_path / "new", one.folder], None)
+    runs, starting = reader.begun()
+    assert ([run.name for run in runs], starting) == (["one"], ["new"])
+    for found in (runs, []):
+        page = Page(render(found, Live(5, "v1", starting)))
+        assert "new is starting up: nothing is in its ledger yet" in page.text
+        assert ("loss-tokens" in titles(page)) == bool(found)
+    Run(tmp_path / "new").steps(1, 2)
+    assert [run.name for run in reader.begun()[0]] == ["new", "one"]
+    assert "is starting up" not in render(reader.begun()[0], Live(5, "v2"))
 
 
 def command(*words: object) -> int:
@@ -488,7 +630,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     [
         (["nowhere"], "nowhere has no ledger.jsonl"),
         (["x", "--out", "y", "--serve"], "has no ledger.jsonl"),
-        (["x", "--sevre"], "report=unrecognized arguments: --sevre is not understood"),
+        (["x", "--sevre"], "unrecognized arguments: --sevre"),
         (["x", "--serve", "many"], "invalid int value"),
     ],
 )
@@ -526,6 +668,14 @@ def test_checkpoints_whose_edges_are_drawn(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(cli, "draw_edges", lambda place: (_ for _ in ()).throw(OSError("gone")))
     told = cli.Reader([run.folder], True).read()[0].edges
     assert told == "the checkpoint cannot be opened (gone)"
+
+
+def test_a_model_without_edge_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path / "dense").steps(1, 3)
+    (run.folder / "checkpoints" / "step-000003").mkdir(parents=True)
+    model = SimpleNamespace(model=grown("dense"))
+    monkeypatch.setattr(subject, "open_model", lambda place, device, precision: model)
+    assert cli.Reader([run.folder], None).read()[0].edges == "the model has no edge functions"
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,21 @@
 """The report's charts, colours, numbers and text."""
 
+import doctest
 import itertools
 import re
+import sys
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from kalmagrove.track.model_metrics import grove_shares
+from kalmagrove.track.report import markup
 from kalmagrove.track.report.looks import DARK, LIGHT
 from kalmagrove.track.report.markup import data_table, escape, number, spread
 from kalmagrove.track.report.source import thin
 from kalmagrove.track.report.svg import (
+    STYLES,
     Axis,
     Scale,
     Series,
@@ -95,7 +99,8 @@ def test_a_wide_span_is_logarithmic_and_says_so() -> None:
 
 
 def test_names_at_the_ends_of_lines_do_not_touch() -> None:
-    placed = apart([(100, "a", 0), (101, "b", 1), (102, "c", 2), (253, "d", 3), (254, "e", 4)])
+    ends = [(100, "a", 0), (101, "b", 1), (102, "c", 2), (253, "d", 3), (254, "e", 4)]
+    placed = apart(ends, 254)
     places = [place for place, _, _ in placed]
     assert all(b - a >= 13 for a, b in itertools.pairwise(places))
     assert places[-1] <= 254
@@ -133,7 +138,7 @@ def luminance(colour: str) -> float:
 def test_contrast_is_enough(colours: dict[str, str]) -> None:
     """WCAG 2: 4.5 for text, names of lines too, and with it more than the 3 that lines need."""
     for ground in ("ground", "raised"):
-        for name in ("text", "quiet", *(f"s{i}" for i in range(8))):
+        for name in ("text", "quiet", *(f"s{i}" for i in range(STYLES))):
             pair = sorted((luminance(colours[name]), luminance(colours[ground])))
             assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (name, ground)
 
@@ -144,6 +149,12 @@ def test_contrast_is_enough(colours: dict[str, str]) -> None:
 def test_escape() -> None:
     assert escape("<b a='1' c=\"2\">&") == "&lt;b a=&#x27;1&#x27; c=&quot;2&quot;&gt;&amp;"
     assert escape("a\0b\x1b[31m\ud800\tc\r\nd") == "a\ufffdb\ufffd[31m\ufffd\tc\nd"
+
+
+def test_examples_in_docstrings() -> None:
+    for module in (markup, sys.modules["kalmagrove.track.report.trade"]):
+        found = doctest.testmod(module)
+        assert (found.failed, found.attempted > 0) == (0, True), module.__name__
 
 
 def test_numbers() -> None:

@@ -3,7 +3,11 @@
 import io
 import json
 import logging
+import shutil
+import struct
 import sys
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +25,10 @@ from kalmagrove.track.charts import AXES, GROUPS, NAMES, charted
 from kalmagrove.track.phases import TRAINING
 from kalmagrove.track.redact import HIDDEN, is_secret, scrub, without_secrets
 from kalmagrove.track.sinks import Guarded, open_sinks
-from kalmagrove.track.wandb_sink import WandbSink, group_of, run_id, send_run
+from kalmagrove.track.wandb_sink import SUPERSEDED, WandbSink, group_of, run_id, send_run
 
 pytestmark = pytest.mark.unit
+LOGGED = ("step", "eval")
 OFFLINE = Track(wandb="offline", project="p")
 LINES = [
     {"event": "step", "step": 1, "tokens": 16, "loss": 3.0, "time": "2026-11-01T10:00:00+00:00"},
@@ -32,10 +37,16 @@ LINES = [
 ]
 
 
-def train(run_dir: Path, model_metrics: dict[str, Any] | None = None, **track: Any) -> Any:
-    """Two steps and an evaluation through real meters; the summary they leave."""
+def train(
+    run_dir: Path,
+    model_metrics: dict[str, Any] | None = None,
+    name: str = "tiny",
+    ends: bool = True,
+    **track: Any,
+) -> Any:
+    """Two steps and an evaluation through real meters; the summary they leave if it `ends`."""
     meters = build_meters(
-        make_run(track=track),
+        make_run(name=name, dir=str(run_dir.parent), track=track),
         run_dir,
         Groups.single(),
         params_total=100,
@@ -52,6 +63,8 @@ def train(run_dir: Path, model_metrics: dict[str, Any] | None = None, **track: A
         record = StepRecord(step, 16 * step, loss, 0.5, 1e-3, False, seconds, metrics.copy)
         meters.step(record)
     meters.evaluated(2, 32, 3.25, 700)
+    if not ends:
+        return None
     meters.stop("done", step=2)
     return json.loads((run_dir / "summary.json").read_text())
 
@@ -176,9 +189,11 @@ def test_wandb_gets_groups_over_tokens_and_dollars(
 
 
 def test_a_group_is_the_folder_of_a_study() -> None:
-    assert group_of(Track(), Path("runs/tiny")) is None
-    assert group_of(Track(), Path("runs/study/arm-seed1")) == "study"
-    assert group_of(Track(group="mine"), Path("runs/study/arm-seed1")) == "mine"
+    arm = Path("runs/study/arm-seed1")
+    assert group_of(Track(), Path("runs/tiny"), {}) is None
+    assert group_of(Track(), arm, {}) == "study"
+    assert group_of(Track(group="mine"), arm, {}) == "mine"
+    assert group_of(Track(), Path("moved/arm-seed1"), {"dir": "/x/runs/study"}) == "study"
 
 
 def test_wandb_is_fed_the_whole_history_under_one_id(
@@ -189,9 +204,109 @@ def test_wandb_is_fed_the_whole_history_under_one_id(
     for run, mode in ((first, "offline"), (second, "online")):
         ids.append(fake(monkeypatch, run))
         train(tmp_path, wandb=mode, every=1)
-    assert ids[0]["id"] == ids[1]["id"] == run_id("tiny", tmp_path)
-    assert run_id("tiny", tmp_path / "other") != ids[0]["id"]
+    told = [line["run_id"] for line in read_history(tmp_path / "ledger.jsonl").series("start")]
+    assert [told[-1]] * 2 == [given["id"] for given in ids]
     assert [line["tokens"] for line in second.logged] == [16, 32, 32], "starting anew lost the old"
+
+
+def test_a_run_keeps_its_id_wherever_its_folder_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_id(folder: Path, name: str) -> str:
+        given = fake(monkeypatch, FakeRun())
+        train(folder, name=name, wandb="offline")
+        return str(given["id"])
+
+    first = tmp_path / "runs" / "tiny"
+    own = train_id(first, "tiny")
+    moved = tmp_path / "elsewhere" / "tiny"
+    shutil.copytree(first, moved)
+    assert train_id(moved, "tiny") == own
+    fork = tmp_path / "runs" / "fork"
+    shutil.copytree(first, fork)
+    new = train_id(fork, "fork")
+    assert new != own, "what goes on under another name is a run of its own"
+    assert train_id(fork, "fork") == new
+    shutil.rmtree(first)
+    assert train_id(first, "tiny") not in (own, new), "another run at the place of an old one"
+
+
+def test_the_id_of_older_ledgers_is_by_name_and_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, wandb="disabled")
+    ledger = tmp_path / "ledger.jsonl"
+    lines = [json.loads(text) for text in ledger.read_text().splitlines()]
+    new = ("run_id", "folder", "digest")
+    old = [{key: line[key] for key in line if key not in new} for line in lines]
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in old))
+    given = fake(monkeypatch, FakeRun())
+    train(tmp_path, wandb="offline")
+    assert given["id"] == run_id([], "tiny", tmp_path)
+    assert read_history(ledger).series("start")[-1]["run_id"] == given["id"]
+
+
+def test_every_point_has_the_time_of_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FakeRun()
+    fake(monkeypatch, run)
+    train(tmp_path, wandb="offline", every=1)
+    lines = [x for x in read_history(tmp_path / "ledger.jsonl").lines if x["event"] in LOGGED]
+    times = [datetime.fromisoformat(line["time"]).timestamp() for line in lines]
+    assert [values["_timestamp"] for values in run.logged] == times
+
+
+@pytest.mark.parametrize("status", ["done", "open"])
+def test_superseded_folders_are_set_aside(
+    status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"offline-run-2026110{day}_100000-an-id" for day in (1, 2, 3)]
+    for name in (*names, "offline-run-20261101_100000-other"):
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+    run = FakeRun()
+    run.dir = str(tmp_path / "wandb" / names[2] / "files")
+    fake(monkeypatch, run)
+    sink = WandbSink(OFFLINE, tmp_path, "tiny", "an-id", config={})
+    assert sink.close({"status": status}) == f"W&B, offline: wandb sync {tmp_path}/wandb/{names[2]}"
+    moved = sorted(path.name for path in tmp_path.glob(f"wandb/{SUPERSEDED}/*"))
+    assert moved == (names[:2] if status == "done" else []), "what goes on may write to one"
+    left = {path.name for path in (tmp_path / "wandb").iterdir()}
+    assert {names[2], "offline-run-20261101_100000-other"} <= left
+
+
+def test_the_real_wandb_keeps_times(tmp_path: Path) -> None:
+    import wandb
+
+    sink = WandbSink(OFFLINE, tmp_path, "tiny", "an-id", config={})
+    sink.log(LINES[0])
+    newest = Path(str(sink.close({"status": "done"})).rpartition(" ")[2])
+    wandb.teardown()  # its process may still write after the end of the run
+    (file,) = newest.glob("*.wandb")
+    assert newest.name.endswith("-an-id")
+    (point,) = [record.history for record in records(file) if record.HasField("history")]
+    values = {item.key or item.nested_key[0]: float(item.value_json) for item in point.item}
+    assert values["_timestamp"] == datetime.fromisoformat(LINES[0]["time"]).timestamp()
+    assert values["loss/train"] == 3.0
+
+
+def records(path: Path) -> Iterator[Any]:
+    """Of W&B's file: its format is LevelDB's log."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, whole = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # the whole or the last part of one
+            record = Record()
+            record.ParseFromString(whole)
+            whole = b""
+            yield record
 
 
 @pytest.mark.parametrize(
@@ -208,7 +323,7 @@ def test_checkpoints_become_artifacts(
     run = FakeRun()
     fake(monkeypatch, run)
     track = OFFLINE.model_copy(update={"artifacts": wanted})
-    sink = WandbSink(track, tmp_path, "tiny", config={})
+    sink = WandbSink(track, tmp_path, "tiny", "an-id", config={})
     for step in (1, 2, 3):
         path = f"checkpoints/step-00000{step}"
         if step < 3:  # the third was deleted since
@@ -244,15 +359,18 @@ def test_the_real_wandb_without_a_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing listens on the discard port: init fails within its timeout, training does not."""
+    import wandb
+
+    wandb.teardown()  # it knows another server since its first run
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     online = OFFLINE.model_copy(update={"wandb": "online"})
     with caplog.at_level(logging.WARNING):
-        make = lambda: WandbSink(online, tmp_path, "tiny", config={}, timeout=1)  # noqa: E731
+        make = lambda: WandbSink(online, tmp_path, "tiny", "x", config={}, timeout=1)  # noqa: E731
         sink = Guarded("W&B", make, LINES)
         assert sink.close({}) is None
     assert "W&B stopped recording" in caplog.text
-    with pytest.raises(KalmaGroveError, match="W&B refused it"):
+    with pytest.raises(KalmaGroveError, match=r"W&B could not be reached \(Timed out .* refused\)"):
         send_run(online, tmp_path, "tiny", LINES, {}, {}, timeout=1)
 
 

@@ -11,6 +11,7 @@ import pytest
 from kalmagrove.cli import multirun, slurm
 from kalmagrove.cli.compose import compose_tree
 from kalmagrove.config import ConfigError, KalmaGroveError, Run, load
+from kalmagrove.config.attempts import VARIABLE, Attempt
 from kalmagrove.engine.signals import StopRequest
 from kalmagrove.parallel import Groups
 
@@ -73,6 +74,11 @@ def test_the_batch_script(start: str, tmp_path: Path) -> None:
     assert "apptainer exec i.sif" in text
     assert not any(f"@{word}@" in text for word in ("OPTIONS", "RUNS", "CODE", "SETUP", "START"))
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    (line,) = [line for line in text.splitlines() if VARIABLE in line]
+    told = subprocess.run(["bash", "-c", f"{line}; env"], text=True, capture_output=True).stdout
+    given = Attempt.given(dict(pair.split("=", 1) for pair in told.splitlines() if "=" in pair))
+    assert given is not None
+    assert (given.name, given.age < 60) == ("", True), "rank 0 has a heartbeat of its own"
 
 
 IN_A_JOB = """#!/bin/sh

@@ -1,7 +1,7 @@
 """When processes that died are started again, from where, and when not."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from tiny_run import make_run
 from kalmagrove.cli import launch, supervise
 from kalmagrove.cli.supervise import Processes
 from kalmagrove.config import ConfigError, Training
+from kalmagrove.config.attempts import Attempt, Heartbeat, beats
 
 pytestmark = pytest.mark.unit
 KILLED = 256 - signal.SIGKILL  # as DeepSpeed's launcher passes it on
@@ -21,10 +22,14 @@ class Tries:
     def __init__(self, folder: Path, *tries: tuple[int | None, int]) -> None:
         self.folder, self.left = folder, list(tries)
         self.resumes: list[str] = []
+        self.starts: list[Attempt | None] = []
         self.paused: list[float] = []
 
-    def run(self, processes: Processes, run: Training, nproc: int, verb: str) -> int:
+    def run(
+        self, processes: Processes, run: Training, nproc: int, verb: str, env: Mapping[str, str]
+    ) -> int:
         self.resumes.append(run.checkpoint.resume)
+        self.starts.append(Attempt.given(env))
         step, code = self.left.pop(0)
         if step is not None:
             (self.folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
@@ -43,7 +48,8 @@ def tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
         monkeypatch.setattr(Processes, "run", lambda *words: found.run(*words))
         monkeypatch.setattr(Processes, "wait", wait)
         run = make_run(name="one", dir=str(tmp_path), **settings)
-        return supervise.supervise(run, 2), found
+        with Heartbeat(tmp_path / "one", Attempt.now(), 2) as beating:
+            return supervise.supervise(run, 2, beating), found
 
     return go
 
@@ -57,6 +63,11 @@ def test_until_it_is_done(tried: Callable, capsys: pytest.CaptureFixture) -> Non
     assert code == 0
     assert found.resumes == ["never", *["auto"] * 4], "only the first one begins anew"
     assert found.paused == [1, 2, 4, 8]
+    starts = [start for start in found.starts if start]
+    assert len({start.name for start in starts}) == 5
+    assert [start.began for start in starts] == sorted(start.began for start in starts)
+    left = {beat.attempt for beat in beats(found.folder)}
+    assert left == {start.name for start in starts[:-1]}, "what died is left to be booked"
     said = [line.partition("; ")[::2] for line in capsys.readouterr().err.splitlines()]
     assert [what for what, _ in said] == [
         "kalmagrove: a rank was killed by SIGKILL after step 0",
@@ -72,7 +83,9 @@ def test_until_it_is_done(tried: Callable, capsys: pytest.CaptureFixture) -> Non
 def test_what_ends_the_same_way_is_not_tried_again(
     code: int, tried: Callable, capsys: pytest.CaptureFixture
 ) -> None:
-    assert tried((None, code), launch={"max_restarts": 9})[0] == code
+    returned, found = tried((None, code), launch={"max_restarts": 9})
+    assert returned == code
+    assert len(beats(found.folder)) == (code == 3), "of the others the ledger tells"
     assert capsys.readouterr().err == ""
 
 
@@ -115,7 +128,9 @@ def test_a_stop_between_two_tries(
 
     monkeypatch.setattr(supervise.time, "sleep", sleep)
     run = make_run(name="one", dir=str(tmp_path), launch={"max_restarts": 1})
-    assert supervise.supervise(run, 2) == 75
+    with Heartbeat(tmp_path / "one", Attempt.now(), 2) as beating:
+        assert supervise.supervise(run, 2, beating) == 75
+    assert len(beats(tmp_path / "one")) == 2, "the try that died, and the pause after it"
     assert capsys.readouterr().err.endswith("stopped; the same command continues from step 0\n")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 

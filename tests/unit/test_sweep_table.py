@@ -105,8 +105,19 @@ def test_the_plot() -> None:
     figure = trade(many)
     page = Page(f"<main>{figure.legend}{figure.body}{figure.table}</main>")
     assert "r0 ($1.00, 5)" in figure.says
+    assert figure.body.count(">&lt;b&gt;, not done</text>") == 2, "what is not done is named too"
+    assert figure.note == ""
+    nan = float("nan")
+    bare = [Outcome("x", None, 1.0, True), Outcome("w", None, None, True)]
+    bare += [Outcome("y", 1.0, None, False), Outcome("z", 1.0, nan, False)]
+    gaps = trade([*many, *bare])
+    assert gaps.note == (
+        "Left out: x, w, as the price is unknown; y, as there is no held-out loss yet; "
+        "z, as its held-out loss is not finite."
+    )
+    assert gaps.note in gaps.says
     names = [text for text in page.words if text.strip() in ("r0", "r1", "r2")]
-    assert len([tag for tag, _ in page.found if tag == "circle"]) == 4
+    assert len([tag for tag, _ in page.found if tag == "circle"]) == 2 * 4, "wide and narrow"
     assert "<b>" not in figure.body
     assert names.count("r0") >= 1
     drawing = minidom.parseString(as_file(figure))
@@ -116,7 +127,7 @@ def test_the_plot() -> None:
     one = trade(outcomes((1, 5), (None, 4)))
     assert "fewer than two runs" in one.absent
     same = trade(outcomes((1, 5), (1, 5)))
-    assert same.body.count("<circle") == 2
+    assert same.body.count("<circle") == 2 * 2
 
 
 def test_a_report_of_several_runs_has_it(tmp_path: Path) -> None:

@@ -2,13 +2,25 @@
 
 from collections.abc import Sequence
 
+from kalmagrove.track.budget import show
 from kalmagrove.track.ledger import FIRST, Line
 from kalmagrove.track.phases import label
-from kalmagrove.track.report.figures import NO_STEP, REST, TOKENS, bars, lines, percent
-from kalmagrove.track.report.markup import Figure, dollars, duration, number
+from kalmagrove.track.report.figures import (
+    NO_PRICE,
+    NO_STEP,
+    REST,
+    TOKENS,
+    bars,
+    lines,
+    missing,
+    percent,
+)
+from kalmagrove.track.report.markup import Figure, dollars, duration, exact, number
 from kalmagrove.track.report.source import RunData, values
 from kalmagrove.track.report.svg import Axis, Series
 
+CAPS = {"usd": "dollars", "hours": "hours", "tokens": "tokens"}
+INHERITED = "the run whose checkpoint it continues"
 FAR = 5  # times the largest figure: a budget above that would flatten the lines
 
 
@@ -23,6 +35,10 @@ def hours(runs: Sequence[RunData]) -> list[Figure]:
     for run in lost:
         seconds = number(run.history.lost.device_seconds)
         note += f" {run.name}: {seconds} device-seconds of it were lost work."
+    for run in runs:
+        if inherited := run.history.inherited.device_seconds:
+            seconds = number(inherited)
+            note += f" {run.name}: without the {seconds} device-seconds of {INHERITED}."
     return [
         bars(
             "hours", "Where the time went", [run.name for run in runs], parts,
@@ -33,11 +49,15 @@ def hours(runs: Sequence[RunData]) -> list[Figure]:
 
 
 def spent(run: RunData) -> dict[str, float]:
-    """Shares of all device-seconds, by phase; of a ledger without phases, what its lines tell."""
-    whole = run.history.spent.device_seconds
-    if not whole:
+    """Shares of all device-seconds, by phase; of a ledger without phases, what its lines tell. What
+    another ledger tells of is left out.
+    """
+    whole = run.history.spent.device_seconds - run.history.inherited.device_seconds
+    if whole <= 0:
         return {}
     found = _phases(run) or _told(run)
+    if killed := sum(part.spent.device_seconds for part in run.history.killed):
+        found["killed"] = killed
     rest = max(0.0, whole - sum(found.values()))
     found[REST] = found.get(REST, 0.0) + rest
     return {name: seconds / whole for name, seconds in found.items()}
@@ -73,7 +93,56 @@ def _told(run: RunData) -> dict[str, float]:
 
 
 def budget(runs: Sequence[RunData]) -> Figure:
-    """Dollars spent and projected against tokens, below the budget if there is one."""
+    """The share of every cap that is used, against tokens."""
+    series: list[Series] = []
+    notes = []
+    for run in runs:
+        seen = [*run.steps, *([run.last] if run.steps and run.last["event"] != "step" else [])]
+        tokens = [line["tokens"] for line in seen]
+        for cap, limit in caps(run).items():
+            amounts = [_used(run, line, cap) for line in seen]
+            share = [None if amount is None else amount / limit for amount in amounts]
+            name = CAPS[cap] if len(runs) == 1 else f"{run.name}: {CAPS[cap]}"
+            series.append(Series(name, tokens, share, len(series)))
+            if share and share[-1] is not None:
+                notes.append(f"{name}: {_told_of(run, cap, limit, amounts[-1])}.")
+    drawn = {run.name for run in runs if caps(run) and run.steps}
+    absent, bare = missing(runs, drawn, _no_budget)
+    axis, note = Axis("share of the cap", percent, True), " ".join(notes) + bare
+    levels = [(1.0, "the cap")]
+    title = "Budget"
+    return lines(
+        "budget", title, series, TOKENS, axis, absent, levels=levels, note=note, named=True
+    )
+
+
+def _used(run: RunData, line: Line, cap: str) -> float | None:
+    """Up to this line, in the cap's unit."""
+    return run.seconds[id(line)] / 3600 if cap == "hours" else line[cap]
+
+
+def _told_of(run: RunData, cap: str, limit: float, used: float | None) -> str:
+    """What is used of a cap, and what the whole run takes by the last projection."""
+    text, newest = f"{show(cap, used)} of {show(cap, limit)}", run.steps[-1]
+    left, whole = newest.get("seconds_left"), None
+    if cap == "usd":
+        whole = newest.get("usd_projected")
+    elif cap == "hours" and left is not None:
+        whole = (run.seconds[id(newest)] + left) / 3600
+    elif cap == "tokens" and run.planned_steps:
+        whole = newest["tokens"] / newest["step"] * run.planned_steps
+    done = run.status == "done" or whole is None
+    return text if done else f"{text}, the whole run at this pace {show(cap, whole)}"
+
+
+def _no_budget(run: RunData) -> str:
+    if run.config is None:
+        return "config.yaml is missing, which says what was set"
+    return NO_STEP if caps(run) else "no budget was set"
+
+
+def money(runs: Sequence[RunData]) -> Figure:
+    """Dollars spent and projected against tokens, below their cap if there is one."""
     series = []
     for i, run in enumerate(runs):
         one, tokens = len(runs) == 1, [line["tokens"] for line in run.steps]
@@ -96,16 +165,24 @@ def budget(runs: Sequence[RunData]) -> Figure:
         for (limit, name), drawn in zip(limits, near, strict=True)
         if drawn
     ]
-    note = "" if limits else "No budget in dollars was set."
+    note = ""
     for (limit, name), drawn in zip(limits, near, strict=True):
         note += "" if drawn else f" Far above, not drawn: the budget of {name}, {dollars(limit)}."
     if any(line.faint and line.points() for line in series) and len(runs) == 1:
         note += " Thin: the projection's 90% interval."
-    axis = Axis("US dollars", dollars, True)
-    absent = "the price is unknown (price=NAME)"
-    if not any(run.steps for run in runs):
-        absent = NO_STEP
-    return lines("budget", "Budget", series, TOKENS, axis, absent, levels=levels, note=note)
+    axis = Axis("US dollars", exact, True)
+    priced = {run.name for run in runs if run.steps and _priced(run)}
+    absent, bare = missing(runs, priced, _no_money)
+    title = "Dollars spent and projected"
+    return lines("money", title, series, TOKENS, axis, absent, levels=levels, note=note + bare)
+
+
+def _priced(run: RunData) -> bool:
+    return run.last["usd"] is not None
+
+
+def _no_money(run: RunData) -> str:
+    return NO_STEP if _priced(run) else NO_PRICE
 
 
 def _interval(run: RunData) -> tuple[list[float | None], list[float | None]]:
@@ -134,6 +211,11 @@ def sessions(run: RunData) -> list[list[str]]:
             if line.get("lost_steps") or line.get("lost_device_seconds"):
                 lost = line["lost_device_seconds"]
                 told += f"; lost {line['lost_steps']:,} steps, {number(lost)} device-seconds"
+            if line.get("killed"):
+                seconds = sum(part["device_seconds"] for part in line["killed"])
+                told += f"; after their last lines killed starts took {number(seconds)} of these"
+            if inherited := line.get("inherited"):
+                told += f"; had cost {number(inherited['device_seconds'])} device-seconds elsewhere"
         elif event == "skip":
             told = f"no update: {line.get('reason', 'not finite')}"
         elif event == "unsaved":

@@ -11,8 +11,8 @@ from kalmagrove.track.phases import label
 from kalmagrove.track.report.markup import (
     Figure,
     data_table,
-    dollars,
     escape,
+    exact,
     number,
 )
 from kalmagrove.track.report.source import POINTS, RunData, thin, values
@@ -22,6 +22,7 @@ from kalmagrove.track.report.svg import (
     WIDTH,
     Axis,
     Series,
+    both,
     line_chart,
     patch,
     stacked_bars,
@@ -29,8 +30,37 @@ from kalmagrove.track.report.svg import (
 )
 
 TOKENS = Axis("tokens", number)
+NARROW = 500  # points of a line that is drawn a second time
 REST = "other"  # of the parts of a whole
 NO_STEP = "no step is written yet"
+NO_PRICE = "the price is unknown (price=NAME)"
+
+
+Why = Callable[[RunData], str]  # a run is not in a figure
+
+
+def missing(runs: Sequence[RunData], drawn: set[str], why: Why) -> tuple[str, str]:
+    """Why a figure is left out, if no run is drawn; and the note on those that are not."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if run.name not in drawn:
+            found.setdefault(why(run), []).append(run.name)
+    told = "; ".join(f"{', '.join(names)}, as {reason}" for reason, names in found.items())
+    return next(iter(found)) if len(found) == 1 else told, f" Left out: {told}." if found else ""
+
+
+def no_loss(run: RunData) -> str:
+    return "no loss was finite" if run.steps else NO_STEP
+
+
+def no_dollars(run: RunData) -> str:
+    return NO_PRICE if run.last["usd"] is None else no_loss(run)
+
+
+def no_mfu(run: RunData) -> str:
+    if run.first.get("unit") == "gpu":
+        return "the peak of the device is unknown (price.peak_tflops)"
+    return "the processes ran on CPU cores, which have no stated peak"
 
 
 def lines(
@@ -55,10 +85,11 @@ def lines(
         return Figure(key, title, absent=absent)
     most = max(250, POINTS // max(1, len({line.style for line in series}) // 2))
     longest = max(len(line.x) for line in series)
-    thinned = [
-        Series(line.name, *thin(line.x, line.y, most), line.style, line.faint, line.dots)
-        for line in series
-    ]
+    thinned = _thinned(series, most)
+    body = line_chart(key, thinned, x, y, levels)
+    if wide:
+        drawn = {WIDE: thinned, WIDTH: _thinned(series, NARROW)}
+        body = both(lambda width: line_chart(key, drawn[width], x, y, levels, width))
     if longest > most:
         note += f" Of up to {longest:,} points a line at most {most:,} are drawn, extremes kept."
     rows = [
@@ -69,7 +100,7 @@ def lines(
     return Figure(
         key,
         title,
-        body=line_chart(key, thinned, x, y, levels, WIDE if wide else WIDTH),
+        body=body,
         says=f"Line chart of {y.label} by {x.label}. "
         + " ".join(described(line, y) for line in series),
         legend=legend([(line.name, line.style) for line in series if not line.faint], named=named),
@@ -77,6 +108,13 @@ def lines(
         table=data_table(["line", x.label, y.label], rows),
         wide=wide,
     )
+
+
+def _thinned(series: Sequence[Series], most: int) -> list[Series]:
+    return [
+        Series(line.name, *thin(line.x, line.y, most), line.style, line.faint, line.dots)
+        for line in series
+    ]
 
 
 def described(line: Series, y: Axis) -> str:
@@ -112,15 +150,16 @@ def time_axis(runs: Sequence[RunData]) -> tuple[Axis, float]:
 def loss(runs: Sequence[RunData]) -> list[Figure]:
     """Loss against tokens, time and dollars."""
     unit, size = time_axis(runs)
-    money = Axis("cost (US dollars)", dollars)
-    axes: list[tuple[str, Axis, Callable[[RunData, Line], Any], str]] = [
-        ("tokens", TOKENS, lambda run, line: line["tokens"], ""),
-        ("time", unit, lambda run, line: run.seconds[id(line)] / size, ""),
-        ("dollars", money, lambda run, line: line["usd"], "the price is unknown (price=NAME)"),
+    money = Axis("cost (US dollars)", exact)
+    axes: list[tuple[str, Axis, Callable[[RunData, Line], Any], Why]] = [
+        ("tokens", TOKENS, lambda run, line: line["tokens"], no_loss),
+        ("time", unit, lambda run, line: run.seconds[id(line)] / size, no_loss),
+        ("dollars", money, lambda run, line: line["usd"], no_dollars),
     ]
     figures = []
-    for key, axis, place, absent in axes:
-        series = []
+    for key, axis, place, why in axes:
+        series: list[Series] = []
+        drawn: set[str] = set()
         for i, run in enumerate(runs):
             of_loss = [line for line in run.steps if place(run, line) is not None]
             held_out = [line for line in run.evals if place(run, line) is not None]
@@ -141,11 +180,13 @@ def loss(runs: Sequence[RunData]) -> list[Figure]:
                     dots=True,
                 ),
             ]
+            drawn |= {run.name} if any(line.points() for line in series[-2:]) else set()
         note = "" if len(runs) == 1 else "Thin: training loss. With dots: held-out loss."
         if key == "time":
             note += " All sessions one after another, lost work included, pauses left out."
         if key == "dollars":
             note += " Lost work included."
+        absent, bare = missing(runs, drawn, why)
         levels = baselines(runs) if key == "tokens" else []
         figures.append(
             lines(
@@ -154,9 +195,9 @@ def loss(runs: Sequence[RunData]) -> list[Figure]:
                 series,
                 axis,
                 Axis("loss (nats a token)", number, log=None),
-                absent or NO_STEP,
+                absent,
                 levels=levels,
-                note=note,
+                note=note + bare,
                 wide=key == "tokens",
             )
         )
@@ -167,7 +208,7 @@ def baselines(runs: Sequence[RunData]) -> list[tuple[float, str]]:
     """Losses of n-gram models, where all runs were measured on the same text."""
     found = []
     for name in ("unigram", "bigram"):
-        told = {(run.summary or {}).get(f"{name}_nats") for run in runs}
+        told = {run.told(f"{name}_nats") for run in runs}
         if len(told) == 1 and (value := told.pop()) is not None:
             found.append((float(value), name))
     return found
@@ -179,17 +220,27 @@ def of_steps(
     title: str,
     label: str,
     get: str | Callable[[Line], Any],
-    absent: str,
+    why: str | Why,
     text: Callable[[float], str] = number,
     zero: bool = True,
+    note: str = "",
 ) -> Figure:
-    """One figure of the step lines, a line a run."""
+    """One figure of the step lines, a line a run. why: a run that has begun tells nothing of it."""
     series = [
         Series(run.name, [line["tokens"] for line in run.steps], values(run.steps, get), style=i)
         for i, run in enumerate(runs)
     ]
     axis = Axis(label, text, zero, log=None)
-    return lines(key, title, series, TOKENS, axis, absent, named=len(runs) > 1)
+    drawn = {line.name for line in series if line.points()}
+
+    def reason(run: RunData) -> str:
+        if not run.steps:
+            return NO_STEP
+        return why if isinstance(why, str) else why(run)
+
+    absent, bare = missing(runs, drawn, reason)
+    many = len(runs) > 1
+    return lines(key, title, series, TOKENS, axis, absent, note=note + bare, named=many)
 
 
 def percent(value: float) -> str:
@@ -198,13 +249,9 @@ def percent(value: float) -> str:
 
 def speed(runs: Sequence[RunData]) -> list[Figure]:
     """Throughput, utilisation, memory, and where a step's time goes."""
-    unit = runs[0].first.get("unit")
-    no_mfu = "the processes ran on CPU cores, which have no stated peak"
-    if unit == "gpu":
-        no_mfu = "the peak of the device is unknown (price.peak_tflops)"
     return [
         of_steps(runs, "throughput", "Throughput", "tokens a second", "tokens_per_s", NO_STEP),
-        utilisation(runs, no_mfu),
+        utilisation(runs),
         *split(runs),
         of_steps(runs, "memory", "Peak memory", "GB, largest rank", _gigabytes, NO_STEP),
         of_steps(
@@ -213,17 +260,17 @@ def speed(runs: Sequence[RunData]) -> list[Figure]:
             "no groves or experts were spread over ranks (parallel.ep=1)",
         ),
         of_steps(
-            runs, "grad-norm", "Gradient norm", "norm before clipping", "grad_norm", NO_STEP,
-            zero=False,
+            runs, "grad-norm", "Gradient norm", "norm before clipping", "grad_norm",
+            "no norm was finite", zero=False,
         ),
     ]  # fmt: skip
 
 
-def utilisation(runs: Sequence[RunData], absent: str) -> Figure:
+def utilisation(runs: Sequence[RunData]) -> Figure:
     """Of one run also what is computed twice (hfu)."""
     title = "Model FLOPs utilisation"
     if len(runs) > 1:
-        return of_steps(runs, "mfu", title, "share of the peak", "mfu", absent, percent)
+        return of_steps(runs, "mfu", title, "share of the peak", "mfu", no_mfu, percent)
     steps = runs[0].steps
     tokens = [line["tokens"] for line in steps]
     series = [
@@ -232,6 +279,7 @@ def utilisation(runs: Sequence[RunData], absent: str) -> Figure:
     ]
     note = "Hardware FLOPs count what is computed twice too."
     axis = Axis("share of the peak", percent, True)
+    absent = no_mfu(runs[0]) if steps else NO_STEP
     return lines("mfu", title, series, TOKENS, axis, absent, note=note)
 
 

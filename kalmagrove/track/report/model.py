@@ -1,12 +1,25 @@
 """The figures that look into the model: loads of groves, use of edges, learned edge functions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from kalmagrove.track.ledger import Line
-from kalmagrove.track.report.figures import legend, lines, percent
+from kalmagrove.track.report.figures import NO_STEP, TOKENS, legend, lines, of_steps, percent
 from kalmagrove.track.report.markup import Figure, data_table, escape, number, spread
 from kalmagrove.track.report.source import EdgeCurve, EdgePanel, RunData, layers_of, values
-from kalmagrove.track.report.svg import Axis, Scale, Series, canvas, clip, heat_map
+from kalmagrove.track.report.svg import (
+    WIDE,
+    WIDTH,
+    Axis,
+    Scale,
+    Series,
+    both,
+    canvas,
+    clip,
+    heat_map,
+)
+
+NO_EDGES = "the model has no edge functions"
 
 COLUMNS = 48  # of a heat map over time
 PANELS = 8  # layers and groves whose edges are drawn; of several runs fewer of each
@@ -17,6 +30,7 @@ SHARES = {
     "out_of_range": "out of range",
 }
 CELL, TALL, GAP = 150, 104, 10  # of a small curve
+ACROSS = {WIDE: 7, WIDTH: 2}  # of them
 
 
 def groves(runs: Sequence[RunData]) -> list[Figure]:
@@ -105,34 +119,31 @@ def _largest(steps: Sequence[Line], name: str) -> float | None:
 
 def activity(runs: Sequence[RunData]) -> list[Figure]:
     """Shares of edges: of one run all in a figure, of several one figure a share."""
-    absent = "the model has no edge functions"
 
-    def series(run: RunData, name: str, label: str, style: int) -> Series:
-        told = values(run.steps, lambda line: line.get("model", {}).get(name))
-        return Series(label, [line["tokens"] for line in run.steps], told, style)
+    def get(name: str) -> Callable[[Line], Any]:
+        return lambda line: line.get("model", {}).get(name)
 
-    tokens = Axis("tokens", number)
     if len(runs) == 1:
-        found = [series(runs[0], name, label, i) for i, (name, label) in enumerate(SHARES.items())]
+        steps = runs[0].steps
+        tokens = [line["tokens"] for line in steps]
+        found = [
+            Series(label, tokens, values(steps, get(name)), i)
+            for i, (name, label) in enumerate(SHARES.items())
+        ]
         note = (
             "Means over the layers. Energy kept: the kept edges' share of the squares of all. Dead "
             "edges: no token kept them. Out of range: inputs beyond the range of the basis."
         )
-        axis = Axis("share", percent, True)
+        axis, absent = Axis("share", percent, True), NO_EDGES if steps else NO_STEP
         title = "Edge activity"
-        return [lines("edges-used", title, found, tokens, axis, absent, note=note, wide=True)]
+        return [lines("edges-used", title, found, TOKENS, axis, absent, note=note, wide=True)]
     return [
-        lines(
-            f"edges-{name.replace('_', '-')}",
-            f"Edge activity: {label}",
-            [series(run, name, run.name, i) for i, run in enumerate(runs)],
-            tokens,
-            Axis("share", percent, True),
-            absent,
-            named=True,
+        of_steps(
+            runs, f"edges-{name.replace('_', '-')}", f"Edge activity: {label}", "share", get(name),
+            NO_EDGES, percent,
         )
         for name, label in SHARES.items()
-    ]
+    ]  # fmt: skip
 
 
 def learned(runs: Sequence[RunData]) -> list[Figure]:
@@ -157,16 +168,6 @@ def edge_figure(key: str, title: str, edges: Sequence[EdgePanel] | str, most: in
     if len(panels) < len(edges):
         note += f" {len(panels)} of {len(edges)} layers and groves are drawn; the table has all."
     rows = [[panel.name, f"{panel.edges:,}", f"{panel.r2:.3f}"] for panel in edges]
-    across = max(len(panel.curves) for panel in panels)
-    drawing = []
-    for i, panel in enumerate(panels):
-        top = i * (TALL + 24)
-        drawing.append(
-            f'<text class=name x="4" y="{top + 14}">{escape(clip(panel.name, 40))}</text>'
-        )
-        drawing += [
-            small(curve, 4 + j * (CELL + GAP), top + 20) for j, curve in enumerate(panel.curves)
-        ]
     says = " ".join(
         f"{panel.name}: {panel.edges} edges, R² of straight lines {panel.r2:.2f}."
         for panel in panels
@@ -174,15 +175,27 @@ def edge_figure(key: str, title: str, edges: Sequence[EdgePanel] | str, most: in
     return Figure(
         key,
         title,
-        body=canvas(
-            key, "".join(drawing), 8 + across * (CELL + GAP), max(1, len(panels)) * (TALL + 24)
-        ),
+        body=both(lambda width: small_curves(key, panels, ACROSS[width])),
         says=f"Small plots of learned functions. {says}",
         legend=legend([("learned", 0), ("as it began", 1)]),
         note=note,
         table=data_table(["layer", "edges", "R² of lines"], rows),
         wide=True,
     )
+
+
+def small_curves(key: str, panels: Sequence[EdgePanel], across: int) -> str:
+    """Of every panel its name and its curves, at most `across` in a row."""
+    across, top, drawing = min(across, max(len(panel.curves) for panel in panels)), 0, []
+    for panel in panels:
+        drawing.append(
+            f'<text class=name x="4" y="{top + 14}">{escape(clip(panel.name, 40))}</text>'
+        )
+        for j, curve in enumerate(panel.curves):
+            row, column = divmod(j, across)
+            drawing.append(small(curve, 4 + column * (CELL + GAP), top + 20 + row * TALL))
+        top += 24 + TALL * -(-len(panel.curves) // across)
+    return canvas(key, "".join(drawing), 8 + across * (CELL + GAP), top)
 
 
 def small(curve: EdgeCurve, left: float, top: float) -> str:

@@ -5,6 +5,7 @@ pointer over a chart reads its values.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from kalmagrove.track.report import cost, figures, model, trade
 from kalmagrove.track.report.looks import READOUT, RELOAD, STYLE
 from kalmagrove.track.report.markup import escape, show, table
 from kalmagrove.track.report.plan import predicted
+from kalmagrove.track.report.ranks import ranks
 from kalmagrove.track.report.source import RunData
 from kalmagrove.track.report.tables import (
     STATUS,
@@ -31,31 +33,47 @@ TILES = (
 )  # fmt: skip
 
 
-def render(runs: Sequence[RunData], *, every: float | None = None) -> str:
+@dataclass(frozen=True)
+class Live:
+    """Of a served page. every: seconds after which it asks whether it is still the newest.
+    version: of what it is made of. starting: runs that have not begun their ledger.
+    """
+
+    every: float
+    version: str
+    starting: Sequence[str] = ()
+
+
+def render(runs: Sequence[RunData], live: Live | None = None) -> str:
     """The whole page, of one run or of several side by side.
 
     Args:
-        every: seconds after which a served page asks whether it is still the newest; None: it is
-            a file.
+        runs: none only of a served page whose runs are all starting.
+        live: None: it is a file.
     """
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
-    connect = "'none'" if every is None else "'self'"
+    connect = "'none'" if live is None else "'self'"
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
         f"img-src data:; connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
-    script = READOUT if every is None else READOUT + RELOAD.replace("EVERY", f"{every * 1000:g}")
-    again = "" if every is None else f'<noscript><meta http-equiv=refresh content="{every:g}">'
+    script, again, wait = READOUT, "", ""
+    if live is not None:
+        script += RELOAD.replace("VERSION", live.version).replace("EVERY", f"{live.every * 1000:g}")
+        again = f'<noscript><meta http-equiv=refresh content="{live.every:g}"></noscript>'
+        wait = "".join(starting(name) for name in live.starting)
+        title = title if runs else ", ".join(live.starting)
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name=viewport content="width=device-width, initial-scale=1">',
         '<meta name=color-scheme content="light dark"><link rel=icon href="data:,">',
-        f"{again}</noscript>" if again else "",
-        f"<title>{escape(title)} - KalmaGrove report</title><style>{STYLE}</style></head><body>",
-        header(runs, title),
+        f"{again}<title>{escape(title)} - KalmaGrove report</title>",
+        f"<style>{STYLE}</style></head><body>",
+        header(runs, title) if runs else f"<header><h1>{escape(title)}</h1></header>",
         "<main>",
-        *body(runs),
+        wait,
+        *(body(runs) if runs else ()),
         "</main><footer>Made by <code>kalmagrove report</code> from the ledgers; what is not known "
         f"is left out or says so.</footer><script>{script}</script></body></html>\n",
     ]
@@ -89,6 +107,11 @@ def header(runs: Sequence[RunData], title: str) -> str:
     return f"<header><h1>{escape(title)}</h1><p>{lead}</p>{tiles(runs)}</header>"
 
 
+def starting(name: str) -> str:
+    text = f"{name} is starting up: nothing is in its ledger yet. This page waits for it."
+    return f"<p role=status>{escape(text)}</p>"
+
+
 def tiles(runs: Sequence[RunData]) -> str:
     """Of one run its headline figures."""
     if len(runs) > 1:
@@ -109,10 +132,10 @@ def body(runs: Sequence[RunData]) -> list[str]:
         parts.append(section("Settings that differ", differing(runs)))
     last = [] if one else [trade.trade([trade.outcome(run) for run in runs])]
     parts.append(section("Loss", show([*figures.loss(runs), *last])))
-    parts.append(section("Speed and memory", show(figures.speed(runs))))
+    parts.append(section("Speed and memory", show([*figures.speed(runs), ranks(runs)])))
     inside = [*model.groves(runs), *model.activity(runs), *model.learned(runs)]
     parts.append(section("Inside the model", show(inside)))
-    parts.append(section("Cost", show([cost.budget(runs), *cost.hours(runs)])))
+    parts.append(section("Cost", show([cost.budget(runs), cost.money(runs), *cost.hours(runs)])))
     parts.append(section("Predicted and actual", "".join(predicted(run) for run in runs)))
     parts.append(section("Sample", "".join(sample(run, one) for run in runs)))
     if any(run.retrofit for run in runs):

@@ -4,18 +4,30 @@ A live run may write while this reads: a torn last line is left out, a file that
 as good as missing.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kalmagrove.config import DataError
+from kalmagrove.config.attempts import FOLDER
 from kalmagrove.track.ledger import FIRST, History, Line, read_history
 
 POINTS = 2000  # of a line
+FILES = (
+    "ledger.jsonl", "config.yaml", "summary.json", "plan.json", "retrofit.json", "arm.json",
+    "samples/*.txt", "evaluation/*/results.json", "checkpoints/step-*[0-9]", "model/config.json",
+)  # fmt: skip
+BEGUN = (FOLDER, "checkpoints", "slurm", "ledger.jsonl")  # what a run has before its first line
+
+
+class NotBegun(DataError):
+    """There is no line in the ledger yet."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,10 @@ class RunData:
         """What the newest session says of the run."""
         return [line for line in self.history.lines if line["event"] in FIRST][-1]
 
+    def told(self, key: str) -> Any:
+        """What the newest session says of the model and its data; of older ledgers, the summary."""
+        return self.first.get(key, (self.summary or {}).get(key))
+
     @property
     def last(self) -> Line:
         return self.history.lines[-1]
@@ -113,16 +129,19 @@ def read_run(
         config: its `config.yaml`, read.
 
     Raises:
-        DataError: there is no ledger, or nothing in it.
+        NotBegun: there is no line in the ledger yet.
+        DataError: it is no folder of a run.
         KalmaGroveError: the ledger was changed by other means.
     """
     folder = folder.expanduser().resolve()
     path = folder / "ledger.jsonl"
     if not path.is_file():
-        raise DataError(f"{folder} has no ledger.jsonl; name the folder of a run (runs/NAME)")
+        raise _no_ledger(folder)
     history = read_history(path)
-    if not any(line["event"] in FIRST for line in history.lines):
-        raise DataError(f"{path} is empty: the run has not begun; try again when it has")
+    if not history.lines:
+        if b"\n" in path.read_bytes():
+            raise DataError(f"{path} holds no line that can be read; see kalmagrove ledger verify")
+        raise NotBegun(f"{path} is empty: the run has not begun; try again when it has")
     return RunData(
         name=folder.name,
         folder=folder,
@@ -138,8 +157,32 @@ def read_run(
     )
 
 
-def run_folders(places: Sequence[Path]) -> list[Path]:
+def _no_ledger(folder: Path) -> DataError:
+    if _starting(folder):
+        told = "the run has not begun; try again when it has, or wait with --serve"
+        return NotBegun(f"{folder} has no ledger.jsonl yet: {told}")
+    return DataError(f"{folder} has no ledger.jsonl; name the folder of a run (runs/NAME)")
+
+
+def _starting(folder: Path) -> bool:
+    return any((folder / name).exists() for name in BEGUN)
+
+
+def version(folders: Sequence[Path]) -> str:
+    """Another one whenever a file that a report reads has changed, come or gone."""
+    digest = hashlib.sha256()
+    for path in (path for folder in folders for name in FILES for path in folder.glob(name)):
+        with suppress(FileNotFoundError):
+            stat = path.stat()
+            digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def run_folders(places: Sequence[Path], *, starting: bool = False) -> list[Path]:
     """The folders of runs: `places`, or of one that holds none itself (a study) those in it.
+
+    Args:
+        starting: runs that are starting up, without a ledger, are among them.
 
     Raises:
         DataError: there is no ledger at a place nor in its folders.
@@ -151,8 +194,9 @@ def run_folders(places: Sequence[Path]) -> list[Path]:
             inside = sorted(
                 path.parent for path in place.glob("*/ledger.jsonl") if not path.parent.is_symlink()
             )
-        if not inside:
-            raise DataError(f"{place} has no ledger.jsonl; name the folder of a run (runs/NAME)")
+        if not inside and not (starting and _starting(place)):
+            raise _no_ledger(place)
+        inside = inside or [place]
         whole = [folder.expanduser().resolve() for folder in inside]
         found += [folder for folder in whole if folder not in found]
     return found

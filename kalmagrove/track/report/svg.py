@@ -1,7 +1,8 @@
 """Charts as SVG text: lines, stacked bars, heat maps, small curves. No dependency, no state.
 
-Colours and dashes are classes (`s0` to `s7`) that the page's style sheet defines for light and
-dark. Numbers are those of a fixed drawing box; the page scales it.
+Colours and dashes are classes (`s0` to `s8`) that the page's style sheet defines for light and
+dark. Numbers are those of a fixed drawing box; the page scales it. What is as wide as the page is
+drawn a second time for narrow screens, on which its text would be too small.
 """
 
 import math
@@ -10,13 +11,14 @@ from dataclasses import dataclass, replace
 
 from kalmagrove.track.report.markup import escape, number
 
-WIDTH, WIDE, HEIGHT = 640, 1180, 300
+WIDTH, WIDE = 490, 1180
+HEIGHTS = {WIDTH: 240, WIDE: 300}
 LEFT, TOP, BOTTOM = 62, 14, 46
-STYLES = 8
+STYLES = 9
 BLANK = -1  # the style of an area without a colour
 LOG_ABOVE = 50  # the ratio of the values from which their axis is logarithmic
 PLAIN, BOLD = 7.4, 8.2  # widths of letters: on average at most
-LABEL = 20  # characters of a name beside its line
+LABELS = {WIDTH: 14, WIDE: 20}  # characters of a name beside its line
 LEVELS = 12  # colours of a heat map
 
 # Stops of cividis, which people with any colour vision read as dark to light.
@@ -128,6 +130,15 @@ def padded(values: Sequence[float], axis: Axis) -> list[float]:
     return [below, above]
 
 
+def both(draw: Callable[[int], str]) -> str:
+    """What `draw` makes of the page's width, and of half of it for narrow screens."""
+    wide, narrow = (
+        draw(width).replace('class="chart', f'class="{name} chart', 1)
+        for width, name in ((WIDE, "on-wide"), (WIDTH, "on-narrow"))
+    )
+    return wide + narrow
+
+
 def line_chart(
     key: str,
     series: Sequence[Series],
@@ -143,12 +154,13 @@ def line_chart(
         levels: values of y to draw a line at, each with its name.
     """
     points = [point for line in series for point in line.points()]
-    names = [clip(line.name) for line in series if not line.faint and line.points()]
+    height, most = HEIGHTS[width], LABELS[width]
+    names = [clip(line.name, most) for line in series if not line.faint and line.points()]
     labelled = len(names) > 1
     right = width - (18 + BOLD * max(map(len, names)) if labelled else 20)
     values = [p[1] for p in points] + [value for value, _ in levels]
     y = replace(y, log=scale(values, y, 0, 1).log)
-    ys = scale(values if y.log else padded(values, y), y, HEIGHT - BOTTOM, TOP)
+    ys = scale(values if y.log else padded(values, y), y, height - BOTTOM, TOP)
     told = Axis(f"{y.label} (log scale)" if ys.log else y.label, y.text)
     left = max(LEFT, 30 + PLAIN * max(len(y.text(tick)) for tick in [0.0, *ys.ticks(5)]))
     xs = scale([p[0] for p in points], x, left, right)
@@ -168,15 +180,15 @@ def line_chart(
     for line in sorted(series, key=lambda line: not line.faint):
         parts += drawn(line, xs, ys)
         if labelled and not line.faint and line.points():
-            labels.append((ys(line.points()[-1][1]), clip(line.name), line.style))
+            labels.append((ys(line.points()[-1][1]), clip(line.name, most), line.style))
     parts += [
         f'<text class="name t{style % STYLES}" x="{right + 8:.1f}" y="{py + 4:.1f}">'
         f"{escape(name)}</text>"
-        for py, name, style in apart(labels)
+        for py, name, style in apart(labels, height - BOTTOM)
     ]
     plain = f'data-x="{xs.low!r} {xs.high!r} {left:.1f} {right:.1f}" '
     plain += f'data-y="{ys.low!r} {ys.high!r} {ys.start} {ys.end}" data-log="{int(ys.log)}" '
-    return canvas(key, "".join(parts), width, HEIGHT, f"{plain}data-label={_quoted(x.label)}")
+    return canvas(key, "".join(parts), width, height, f"{plain}data-label={_quoted(x.label)}")
 
 
 def _quoted(text: str) -> str:
@@ -185,15 +197,16 @@ def _quoted(text: str) -> str:
 
 def canvas(key: str, inner: str, width: float, height: float, more: str = "") -> str:
     """The drawing, named and described by the figure's title and text alternative."""
+    kind = "chart" if width >= WIDTH else "chart slim"
     return (
-        f'<svg class="chart" role="img" aria-labelledby="{key}" aria-describedby="{key}-says" '
+        f'<svg class="{kind}" role="img" aria-labelledby="{key}" aria-describedby="{key}-says" '
         f'viewBox="0 0 {width:g} {height:g}" {more}>{inner}</svg>'
     )
 
 
 def frame(xs: Scale, ys: Scale, x: Axis, y: Axis) -> str:
     """Grid, ticks and the axes' labels."""
-    left, right, parts = xs.start, xs.end, []
+    left, right, floor, parts = xs.start, xs.end, ys.start, []
     for value in ys.ticks(5):
         py = ys(value)
         parts.append(f'<path class="grid" d="M{left:.1f},{py:.1f}H{right:.1f}"/>')
@@ -201,17 +214,18 @@ def frame(xs: Scale, ys: Scale, x: Axis, y: Axis) -> str:
             f'<text class="tick" x="{left - 6:.1f}" y="{py + 4:.1f}" text-anchor="end">'
             f"{escape(y.text(value))}</text>"
         )
-    for value in xs.ticks(max(2, int((right - left) / 90))):
+    room = 16 + PLAIN * max(len(x.text(end)) for end in (xs.low, xs.high))
+    for value in xs.ticks(max(2, int((right - left) / room))):
         px = xs(value)
-        parts.append(f'<path class="grid" d="M{px:.1f},{HEIGHT - BOTTOM}v4"/>')
+        parts.append(f'<path class="grid" d="M{px:.1f},{floor}v4"/>')
         parts.append(
-            f'<text class="tick" x="{px:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
+            f'<text class="tick" x="{px:.1f}" y="{floor + 18}" text-anchor="middle">'
             f"{escape(x.text(value))}</text>"
         )
-    parts.append(f'<path class="axis" d="M{left:.1f},{HEIGHT - BOTTOM}H{right:.1f}"/>')
-    middle, half = (left + right) / 2, (TOP + HEIGHT - BOTTOM) / 2
+    parts.append(f'<path class="axis" d="M{left:.1f},{floor}H{right:.1f}"/>')
+    middle, half = (left + right) / 2, (TOP + floor) / 2
     parts.append(
-        f'<text class="label" x="{middle:.1f}" y="{HEIGHT - 8}" text-anchor="middle">'
+        f'<text class="label" x="{middle:.1f}" y="{floor + BOTTOM - 8}" text-anchor="middle">'
         f"{escape(x.label)}</text>"
         f'<text class="label" transform="translate(13 {half:.1f}) rotate(-90)" '
         f'text-anchor="middle">{escape(y.label)}</text>'
@@ -248,16 +262,18 @@ def unbroken(line: Series, positive: bool) -> Iterator[list[tuple[float, float]]
         yield piece
 
 
-def apart(ends: Sequence[tuple[float, str, int]], gap: float = 13) -> list[tuple[float, str, int]]:
-    """Names at the ends of lines, moved until none covers another."""
+def apart(
+    ends: Sequence[tuple[float, str, int]], floor: float, gap: float = 13
+) -> list[tuple[float, str, int]]:
+    """Names at the ends of lines, moved until none covers another, none below `floor`."""
     placed: list[tuple[float, str, int]] = []
     for py, name, style in sorted(ends):
         at = max(py, placed[-1][0] + gap) if placed else py
         placed.append((at, name, style))
-    over = placed[-1][0] - (HEIGHT - BOTTOM) if placed else 0
+    over = placed[-1][0] - floor if placed else 0
     if over <= 0:
         return placed
-    limit, fitted = float(HEIGHT - BOTTOM), []
+    limit, fitted = floor, []
     for py, name, style in reversed(placed):
         limit = min(py, limit)
         fitted.append((limit, name, style))
@@ -265,19 +281,22 @@ def apart(ends: Sequence[tuple[float, str, int]], gap: float = 13) -> list[tuple
     return fitted[::-1]
 
 
-def clip(name: str, most: int = LABEL) -> str:
+def clip(name: str, most: int = LABELS[WIDE]) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A point of a scatter plot. style: as of lines; named: its name stands beside it."""
+    """A point of a scatter plot. style: as of lines; more: follows its name; first: named before
+    others, where there is not room for all names.
+    """
 
     name: str
     x: float
     y: float
     style: int = 0
-    named: bool = False
+    more: str = ""
+    first: bool = False
 
 
 def scatter(
@@ -288,15 +307,17 @@ def scatter(
     y: Axis,
     width: int = WIDTH,
 ) -> str:
-    """Points, each with its name where a pointer rests on it; and the stairs of a Pareto front.
+    """Points, each with its name where there is room, and where a pointer rests on it; and the
+    stairs of a Pareto front.
 
     Args:
         dots: at least one; all finite.
         front: its corners, from left to right, falling.
     """
+    height = HEIGHTS[width]
     y = replace(y, log=scale([dot.y for dot in dots], y, 0, 1).log)
     values = [dot.y for dot in dots]
-    ys = scale(values if y.log else padded(values, y), y, HEIGHT - BOTTOM, TOP)
+    ys = scale(values if y.log else padded(values, y), y, height - BOTTOM, TOP)
     told = Axis(f"{y.label} (log scale)" if ys.log else y.label, y.text)
     left = max(LEFT, 30 + PLAIN * max(len(y.text(tick)) for tick in [0.0, *ys.ticks(5)]))
     places = [dot.x for dot in dots]
@@ -306,23 +327,41 @@ def scatter(
         stairs = "".join(f"H{xs(px):.1f}V{ys(py):.1f}" for px, py in front[1:])
         first = f"M{xs(front[0][0]):.1f},{ys(front[0][1]):.1f}"
         parts.append(f'<path class="line s1" d="{first}{stairs}H{xs.end:.1f}"/>')
-    taken: list[tuple[float, float]] = []
-    for dot in sorted(dots, key=lambda dot: not dot.named):
+    taken = [_box(xs(dot.x) - 4, ys(dot.y) - 4, 8, 8) for dot in dots]
+    for dot in sorted(dots, key=lambda dot: not dot.first):
         px, py = xs(dot.x), ys(dot.y)
+        title = f"{dot.name}: {x.text(dot.x)}, {y.text(dot.y)}" + (dot.more and f", {dot.more}")
         parts.append(
             f'<circle class="dot s{dot.style % STYLES}" cx="{px:.1f}" cy="{py:.1f}" r="4">'
-            f"<title>{escape(f'{dot.name}: {x.text(dot.x)}, {y.text(dot.y)}')}</title></circle>"
+            f"<title>{escape(title)}</title></circle>"
         )
-        near = any(abs(px - qx) < PLAIN * LABEL and abs(py - qy) < 13 for qx, qy in taken)
-        if dot.named and not near:
-            taken.append((px, py))
-            at_right = px + BOLD * len(clip(dot.name)) + 12 < width
-            place, anchor = (px + 7, "start") if at_right else (px - 7, "end")
-            parts.append(
-                f'<text class="small" x="{place:.1f}" y="{py - 7:.1f}" '
-                f'text-anchor="{anchor}">{escape(clip(dot.name))}</text>'
-            )
-    return canvas(key, "".join(parts), width, HEIGHT)
+        name = clip(dot.name, LABELS[width]) + (dot.more and f", {dot.more}")
+        long = PLAIN * len(name)
+        for place, anchor, low in (
+            (px + 7, "start", py - 7), (px - 7, "end", py - 7),
+            (px + 7, "start", py + 15), (px - 7, "end", py + 15),
+        ):  # fmt: skip
+            box = _box(place - (long if anchor == "end" else 0), low - 10, long, 13)
+            inside = left <= box[0] and box[2] <= width and box[1] >= TOP and box[3] <= ys.start
+            if inside and not any(_meet(box, other) for other in taken):
+                taken.append(box)
+                parts.append(
+                    f'<text class="small" x="{place:.1f}" y="{low:.1f}" '
+                    f'text-anchor="{anchor}">{escape(name)}</text>'
+                )
+                break
+    return canvas(key, "".join(parts), width, height)
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _box(left: float, top: float, width: float, height: float) -> Box:
+    return left, top, left + width, top + height
+
+
+def _meet(one: Box, two: Box) -> bool:
+    return one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3]
 
 
 def stacked_bars(

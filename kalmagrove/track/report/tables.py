@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from kalmagrove.track.budget import show
 from kalmagrove.track.ledger import Line
 from kalmagrove.track.report.cost import caps
 from kalmagrove.track.report.figures import percent
@@ -48,13 +49,13 @@ def headline(run: RunData) -> dict[str, str]:
         f"{unit}-hours": number(cost.device_seconds / 3600),
         "wall time": duration(max(run.seconds.values())),
         "goodput": "unknown" if (part := run.history.goodput) is None else percent(part),
-        "budget": ", ".join(f"{k} {v:g}" for k, v in caps(run).items()) or "none",
+        "budget": _budget(run),
         "energy": _energy(run),
         "lost steps": f"{run.history.lost.steps:,}",
         "sessions": f"{run.history.sessions}",
         "skipped steps": f"{sum(line.get('skipped') or 0 for line in run.steps):,}",
-        "parameters": _of_summary(run, "params_total"),
-        "active parameters": _of_summary(run, "params_active"),
+        "parameters": _told(run, "params_total"),
+        "active parameters": _told(run, "params_active"),
     }
     for name, score in run.scores.items():
         facts[f"accuracy, {name}"] = percent(score)
@@ -115,5 +116,10 @@ def _energy(run: RunData) -> str:
     return "unknown" if not joules else f"{number(joules / 3.6e6)} kWh"
 
 
-def _of_summary(run: RunData, key: str) -> str:
-    return number((run.summary or {}).get(key))
+def _budget(run: RunData) -> str:
+    none = "unknown" if run.config is None else "none"
+    return ", ".join(show(cap, limit) for cap, limit in caps(run).items()) or none
+
+
+def _told(run: RunData, key: str) -> str:
+    return number(run.told(key))

@@ -6,22 +6,14 @@ from dataclasses import dataclass
 
 from kalmagrove.track.report.figures import legend
 from kalmagrove.track.report.looks import STYLE
-from kalmagrove.track.report.markup import Figure, data_table, dollars, escape, number
+from kalmagrove.track.report.markup import Figure, data_table, dollars, escape, exact, number
 from kalmagrove.track.report.source import RunData
-from kalmagrove.track.report.svg import WIDE, Axis, Dot, patch, scatter
+from kalmagrove.track.report.svg import WIDE, Axis, Dot, both, patch, scatter
 
 TITLE = "Held-out loss against dollars, run by run"
-FRONT, DONE, OPEN = "Pareto front: no run has less loss for less money", "done", "not done"
+FRONT = "Pareto front: no run that is done has less loss for less money"
+DONE, OPEN = "done", "not done: the last loss so far, for what is paid so far"
 STYLES = {FRONT: 1, DONE: 0, OPEN: 7}
-
-
-def exact(usd: float) -> str:
-    """Dollars that tell neighbouring ticks of cheap runs apart.
-
-    >>> exact(0.0001525), exact(12.5)
-    ('$0.000152', '$12.50')
-    """
-    return f"${usd:.3g}" if 0 < usd < 0.1 else dollars(usd)
 
 
 COST = Axis("cost (US dollars)", exact, log=None)
@@ -55,23 +47,27 @@ def pareto(outcomes: Sequence[Outcome]) -> list[Outcome]:
 def trade(outcomes: Sequence[Outcome], label: str = "loss (nats a token)") -> Figure:
     """The figure; left out if fewer than two runs tell of both."""
     known = [one for one in outcomes if _known(one)]
+    bare = _left_out(outcomes)
     if len(known) < 2:
         why = "fewer than two runs have a held-out loss and a known price (price=NAME)"
-        return Figure("trade", TITLE, absent=why)
+        return Figure("trade", TITLE, absent=f"{why}; {bare}" if known else why)
     front = pareto(known)
     places = [_cost_then_loss(one) for one in known]
     kinds = [FRONT if one in front else DONE if one.done else OPEN for one in known]
     dots = [
-        Dot(one.name, *place, STYLES[kind], kind == FRONT)
+        Dot(one.name, *place, STYLES[kind], "" if one.done else "not done", kind == FRONT)
         for one, place, kind in zip(known, places, kinds, strict=True)
     ]
     stairs = [_cost_then_loss(one) for one in front]
+    note = f"Left out: {bare}." if bare else ""
     told = ", ".join(f"{one.name} ({dollars(one.usd)}, {number(one.loss)})" for one in front)
     return Figure(
         "trade",
         TITLE,
-        body=scatter("trade", dots, stairs, COST, Axis(label, number), WIDE),
-        says=f"Scatter plot of {label} by dollars, {len(known)} runs. Pareto front: {told or '-'}.",
+        body=both(lambda width: scatter("trade", dots, stairs, COST, Axis(label, number), width)),
+        says=f"Scatter plot of {label} by dollars, {len(known)} runs. Pareto front of those that "
+        f"are done: {told or '-'}. {note}".strip(),
+        note=note,
         legend=legend([(kind, STYLES[kind]) for kind in STYLES if kind in kinds], patch, True),
         table=data_table(
             ["run", "dollars", label, ""],
@@ -84,6 +80,21 @@ def trade(outcomes: Sequence[Outcome], label: str = "loss (nats a token)") -> Fi
     )
 
 
+def _left_out(outcomes: Sequence[Outcome]) -> str:
+    """The runs that are not drawn, with the reasons."""
+    found: dict[str, list[str]] = {}
+    for one in outcomes:
+        if _known(one):
+            continue
+        why = "its held-out loss is not finite"
+        if one.usd is None:
+            why = "the price is unknown"
+        elif one.loss is None:
+            why = "there is no held-out loss yet"
+        found.setdefault(why, []).append(one.name)
+    return "; ".join(f"{', '.join(names)}, as {why}" for why, names in found.items())
+
+
 def outcome(run: RunData) -> Outcome:
     """Of a run as a report reads it."""
     usd = run.history.spent.usd
@@ -93,9 +104,10 @@ def outcome(run: RunData) -> Outcome:
 
 def as_file(figure: Figure) -> str:
     """The drawing of a figure as an SVG file of its own."""
-    inner = figure.body.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    wide = figure.body.partition("</svg>")[0] + "</svg>"
+    inner = wide.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     head, _, rest = inner.partition(">")
-    told = "dashed stairs: the Pareto front; grey: not done; a pointer on a point tells its run"
+    told = "dashed stairs: the Pareto front of what is done; grey: not done"
     return (
         f'{head} style="background:var(--ground);font-family:sans-serif">'
         f'<title id="{figure.key}">{escape(figure.title)}</title>'
