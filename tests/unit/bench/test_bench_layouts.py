@@ -3,6 +3,7 @@
 import pytest
 
 from kalmagrove.bench.layouts import candidates
+from kalmagrove.cli.arguments import UsageError
 from kalmagrove.cli.bench_layouts import layouts as main
 from kalmagrove.config import ConfigError, KalmaGroveError
 
@@ -16,7 +17,7 @@ def test_no_layout_of_that_name() -> None:
 
 @pytest.mark.parametrize("words", [["--steps", "0"], ["--steps", "few"], ["--out"]])
 def test_mistakes_are_one_line(words: list[str]) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises((ConfigError, UsageError)):
         main(words)
 
 

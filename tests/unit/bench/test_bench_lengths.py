@@ -12,6 +12,7 @@ import torch
 
 from kalmagrove.bench import lengths
 from kalmagrove.cli import bench_lengths, main
+from kalmagrove.cli.arguments import UsageError
 from kalmagrove.config import ConfigError
 from kalmagrove.config.counts import parameter_count
 from kalmagrove.parallel import Groups
@@ -143,7 +144,7 @@ def test_a_model_of_the_words_keeps_its_sizes() -> None:
     ],
 )
 def test_mistakes_are_one_line(wrong: list[str]) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises((ConfigError, UsageError)):
         bench_lengths.main(wrong)
 
 
