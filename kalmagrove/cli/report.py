@@ -1,7 +1,6 @@
 """`kalmagrove report`: one HTML page about a run, or about several side by side."""
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kalmagrove.cli.arguments import Parser
 from kalmagrove.cli.compose import read_yaml
 from kalmagrove.config import ConfigError, KalmaGroveError
+from kalmagrove.config.files import checkpoints_in
 
 if TYPE_CHECKING:
     from kalmagrove.track.report import EdgePanel, RunData
@@ -181,8 +181,7 @@ def _newest(folder: Path) -> Path | None:
     """The newest checkpoint of a run, or the model that a retrofit saved."""
     if (folder / "model" / "config.json").is_file():
         return folder / "model"
-    whole = [p for p in folder.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return max(whole, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+    return next(iter(checkpoints_in(folder / "checkpoints")), None)
 
 
 def _config(folder: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kalmagrove.cli.compose import read_yaml, to_yaml
 from kalmagrove.config import ConfigError, Training
-from kalmagrove.config.files import replace_text
+from kalmagrove.config.files import checkpoints_in, read_json, replace_text, step_of
 
 if TYPE_CHECKING:
     from kalmagrove.data import Tokenizer
@@ -150,18 +150,14 @@ def write_config(path: Path, run: Training) -> None:
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the run's newest checkpoint; 0: there is none. `engine.find_checkpoints` finds
-    the checkpoints themselves, and needs torch.
-    """
-    names = (path.name.removeprefix("step-") for path in folder.glob("checkpoints/step-*"))
-    return max((int(name) for name in names if name.isdecimal()), default=0)
+    """The step of the run's newest checkpoint; 0: there is none."""
+    return next(map(step_of, checkpoints_in(folder / "checkpoints")), 0)
 
 
 def done(folder: Path, run: Training) -> dict[str, Any] | None:
     """The summary of a run that has done all its steps; None if there is work to do."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
+    summary = read_json(folder / "summary.json")
+    if summary is None:
         return None
     reached = summary.get("status") == "done" and summary.get("steps", 0) >= run.steps
     return summary if reached else None

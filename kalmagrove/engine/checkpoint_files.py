@@ -5,7 +5,6 @@ Used by `checkpoint`, which adds what needs an engine and all ranks.
 
 import json
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kalmagrove.config import CheckpointError
+from kalmagrove.config.files import checkpoints_in, step_of
 from kalmagrove.engine.tensor_files import TensorReader, inside
 from kalmagrove.engine.tensor_index import Index, from_json, key_of
 
@@ -48,9 +48,8 @@ def find_checkpoints(path: Path) -> list[Path]:
     if (path / STATE_FILE).is_file():
         return [path]
     for place in (path / "checkpoints", path):
-        found = [p for p in place.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-        if found:
-            return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+        if found := checkpoints_in(place):
+            return found
     return []
 
 
@@ -81,7 +80,7 @@ def set_aside(checkpoints: Path, newer_than: int) -> list[Path]:
     """
     moved = []
     for folder in find_checkpoints(checkpoints):
-        if int(folder.name.removeprefix("step-")) > newer_than:
+        if step_of(folder) > newer_than:
             aside, number = folder.with_name(folder.name + ".aside"), 2
             while aside.exists():
                 aside, number = folder.with_name(f"{folder.name}.aside{number}"), number + 1

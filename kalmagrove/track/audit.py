@@ -6,21 +6,19 @@ behind them as well is not found. Ledgers of older versions have neither digests
 are passed over.
 """
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from kalmagrove.config import KalmaGroveError
 from kalmagrove.config.attempts import beats
+from kalmagrove.config.files import checkpoints_in, read_json
 from kalmagrove.track.ledger import FIRST, History, Line, line_digest, parse_line, split_digest
 
 CUMULATIVE = ("device_seconds", "wall_seconds", "usd")  # over all sessions
 WITHIN = ("step", "tokens", "mono")  # in one session
 TOLERANCE = 0.01  # of a session's wall clock
 SLACK_JOULES = 0.01  # lines have them to the thousandth
-NAME = re.compile(r"step-\d+")
 
 
 def faults(path: Path) -> list[str]:
@@ -109,25 +107,15 @@ def _missing(positions: Iterable[tuple[str, Mapping[str, Any]]], content: bytes)
 
 def _positions(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """What the summary and the newest checkpoint say of the ledger, and where that stands."""
-    if summary := _json(folder / "summary.json"):
+    if summary := read_json(folder / "summary.json"):
         position = summary.get("ledger")
         if position is not None:
             yield "summary.json", position
         elif "device_seconds" in summary:
             yield "summary.json", {"device_seconds": summary["device_seconds"]}
-    saved = [path for path in folder.glob("checkpoints/step-*") if NAME.fullmatch(path.name)]
-    if saved:
-        newest = max(saved, key=lambda path: int(path.name.removeprefix("step-")))
-        if meters := (_json(newest / "state.json") or {}).get("meters"):
+    for newest in checkpoints_in(folder / "checkpoints")[:1]:
+        if meters := (read_json(newest / "state.json") or {}).get("meters"):
             yield f"checkpoint {newest.name}", meters
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _changed(text: bytes, before: str) -> str | None:

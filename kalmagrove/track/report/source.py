@@ -5,7 +5,6 @@ as good as missing.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ from typing import Any
 
 from kalmagrove.config import DataError
 from kalmagrove.config.attempts import FOLDER
+from kalmagrove.config.files import read_json
 from kalmagrove.track.ledger import FIRST, History, Line, read_history
 
 POINTS = 2000  # of a line
@@ -147,10 +147,10 @@ def read_run(
         folder=folder,
         history=history,
         config=config,
-        summary=_json(folder / "summary.json"),
-        retrofit=_json(folder / "retrofit.json"),
-        arm=_json(folder / "arm.json"),
-        plan=_json(folder / "plan.json"),
+        summary=read_json(folder / "summary.json"),
+        retrofit=read_json(folder / "retrofit.json"),
+        arm=read_json(folder / "arm.json"),
+        plan=read_json(folder / "plan.json"),
         sample=_sample(folder / "samples"),
         scores=_scores(folder / "evaluation"),
         edges=edges,
@@ -242,14 +242,6 @@ def layers_of(lines: Sequence[Line], name: str) -> list[str]:
     return sorted(found, key=int)
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def _sample(folder: Path) -> tuple[str, str] | None:
     """The newest sample."""
     found = sorted(folder.glob("*.txt"), key=lambda path: (path.stat().st_mtime, path.name))
@@ -262,7 +254,7 @@ def _scores(folder: Path) -> dict[str, float]:
     """Accuracies of the evaluated groups of tasks, by suite and group."""
     found = {}
     for path in sorted(folder.glob("*/results.json")):
-        for name, group in ((_json(path) or {}).get("groups") or {}).items():
+        for name, group in ((read_json(path) or {}).get("groups") or {}).items():
             value = ((group.get("metrics") or {}).get("acc") or {}).get("value")
             if value is not None:
                 found[name if name == path.parent.name else f"{path.parent.name}/{name}"] = value
