@@ -1,7 +1,8 @@
 """How much of a GPU's speed this code reaches, measured: the numbers that `time` predicts with.
 
-All are of one NVIDIA H200 (torch 2.11, Triton 3.6). Other GPUs are scaled by the peaks of their
-data sheets, which the plan marks as extrapolated. docs/cost.md says how good that is.
+Most are of one NVIDIA H200 (torch 2.11, Triton 3.6); those from `FITTED` of an H100, and the host's
+of machines with either. Other GPUs than the H200 are scaled by the peaks of their data sheets,
+which the plan marks as extrapolated. docs/cost.md says how good that is.
 """
 
 import re
@@ -17,7 +18,11 @@ BEFORE = "kernels/bench/results/kan_1b_h200_2026-11-22.json, commit 164da1b"
 LENGTHS = "kernels/bench/results/lengths_h200_2026-11-27.json, commit 1b550a9"
 LAYOUTS = "docs/results/layouts-2xh200.json, commit 7363eac"
 HOST = "docs/results/plan-2xh200.json, commit 35ba44d; docs/results/host-h200.json, commit 5f85ca0"
-NOW = "docs/results/host-2xh200.json, commits f49308b to ab2374a"
+FITTED = "docs/results/host-2xh100.json, commit ab9b59d"
+HOSTS = (
+    "docs/results/host-2xh200.json, docs/results/host-h100.json, docs/results/host-2xh100.json: "
+    "the middle"
+)
 MEASURED_ON = "H200"
 
 
@@ -60,12 +65,11 @@ TABLE = {
         f"{BEFORE}; {MODELS}",
     ),
     "softmax": Measured(
-        269.0, "bytes x channel a token", "norms and rotation of q and k, in PyTorch: fitted",
-        f"{LENGTHS}, rows of 1,024",
+        211.0, "bytes x channel a token", "norms and rotation of q and k, in PyTorch: fitted",
+        FITTED,
     ),
     "stream": Measured(
-        180.0, "bytes x D a token", "two norms and two sums of a block, in PyTorch: fitted",
-        f"{MODELS}; {LENGTHS}",
+        59.0, "bytes x D a token", "two norms and two sums of a block, in PyTorch: fitted", FITTED,
     ),
     "hidden": Measured(
         26.0, "bytes x hidden a token", "SwiGLU between its products", MODELS,
@@ -78,8 +82,8 @@ TABLE = {
         f"docs/kernels.md (two sums of 0.5 ms), {KERNELS}",
     ),
     "optimizer": Measured(
-        122.0, "bytes a parameter held", "AdamW in fp32, norm, clipping, a step: fitted",
-        f"{MODELS}; {LENGTHS}",
+        60.0, "bytes a parameter held", "AdamW in fp32, norm, clipping: the phase of kan_1b",
+        "docs/results/host-2xh200.json (62), docs/results/host-2xh100.json (57)",
     ),
     "sums": Measured(
         10.0, "bytes a parameter", "gradients added in fp32, a micro-batch", MODELS,
@@ -94,7 +98,7 @@ TABLE = {
         0.70, "of network speed", "assumed: no run on several machines was measured", "nowhere",
     ),
     "step": Measured(
-        0.015, "seconds a step", "the host between steps, never hidden", MODELS,
+        0.007, "seconds a step", "in which a GPU that else never waits has nothing to do", FITTED,
     ),
     "host_ada": Measured(0.0033, "seconds a layer and micro-batch", "the host", HOST),
     "host_softmax": Measured(0.0027, "seconds a layer and micro-batch", "the host", HOST),
@@ -105,13 +109,16 @@ TABLE = {
     "host_dense": Measured(0.0020, "seconds a layer and micro-batch", "the host", HOST),
     "host_kan": Measured(0.0026, "seconds a layer and micro-batch", "the host", HOST),
     "host_grove": Measured(
-        0.0055, "seconds a layer and micro-batch", "the host, with kernels", NOW,
+        0.0072, "seconds a layer and micro-batch", "the host, with kernels", HOSTS,
     ),
     "host_ep": Measured(
-        0.0068, "seconds a layer and micro-batch", "more where groves are on several ranks", NOW,
+        0.0068, "seconds a layer and micro-batch", "more where groves are on several ranks", HOSTS,
+    ),
+    "host_cp": Measured(
+        0.0050, "seconds a layer and micro-batch", "more with context parallelism", HOSTS,
     ),
     "host_groves_reference": Measured(
-        0.0515, "seconds a layer and micro-batch", "more in grove layers without kernels", LAYOUTS,
+        0.0498, "seconds a layer and micro-batch", "more in grove layers without kernels", LAYOUTS,
     ),
     "host_moe": Measured(
         0.025, "seconds a layer and micro-batch", "the host, in layers of experts", LAYOUTS,
@@ -132,7 +139,7 @@ TABLE = {
         0.006, "seconds a micro-batch", "the host, outside of layers", HOST,
     ),
     "host_optimizer": Measured(
-        0.00004, "seconds a parameter", "the host, between the passes of two steps", NOW,
+        0.00004, "seconds a parameter", "the host, between the passes of two steps", HOSTS,
     ),
 }  # fmt: skip
 

@@ -119,6 +119,8 @@ def _tabled(run: Run) -> Cost:
         passes += of(f"host_{attention}") + of(f"host_{ffn}")
         if run.parallel.tp > 1:
             passes += of("host_tp")
+        if run.parallel.cp > 1:
+            passes += of("host_cp")
         if ffn == "moe":
             parts = routed_parts(model, i)
             assert parts is not None

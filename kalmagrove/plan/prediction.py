@@ -102,7 +102,7 @@ class Prediction:
         if parameter_count(model).total > 3e9:
             found.append("model size: the largest one measured has 1.0B parameters")
         if self.run.parallel.cp > 1:
-            found.append("cp: measured in one layout of two GPUs, without kernels")
+            found.append("cp: measured in one layout of two GPUs")
         optim = self.run.optim.kind
         if optim != "adamw":
             text = f"optim={optim}: the optimizer's time is AdamW's"

@@ -58,11 +58,11 @@ def test_predicted_memory_holds_for_trainings_that_nothing_was_fitted_to() -> No
 
 
 def test_with_the_hosts_times_measured_there_steps_are_within_the_target() -> None:
-    """But for an exchange of tokens, and on H100s, to which the plan extrapolates. Rows of 256
-    tokens, the host measured with, were too few.
+    """But for an exchange of tokens while kernels were compiled anew, and on three of ten H100s, to
+    which the plan extrapolates. Rows of 256 tokens, the host measured with, were too few.
     """
     found = list(measured.on_the_spot())
-    assert len(found) == 27
+    assert len(found) == 35
     assert {row.name: row.memory_error for row in found if abs(row.memory_error) > 0.1} == {}
     errors = {f"{row.group}, {row.name}": row.time_error for row in found}
     far = [name for name, error in errors.items() if abs(error) > 0.15 and "256" not in name]
@@ -70,10 +70,17 @@ def test_with_the_hosts_times_measured_there_steps_are_within_the_target() -> No
         "2,048 tokens: kan_135m, two GPUs, ep 2",
         "H100: kan_1b, ffn=kan, one GPU, ffn=kan, dp 1, ZeRO 1",
         "H100: kan_135m, two GPUs, dp 2, ZeRO 1",
+        "two H100: kan_135m, one GPU, dp 1, ZeRO 1",
     ]
     of_256 = sorted(abs(error) for name, error in errors.items() if "256" in name)
     assert of_256[-1] < 0.26
     assert sum(error > 0.15 for error in of_256) == 5
+
+
+def test_what_todays_norms_were_fitted_to_is_described() -> None:
+    errors = [abs(row.time_error) for row in measured.fitted()]
+    assert len(errors) == 2
+    assert max(errors) < 0.1
 
 
 def test_predicted_steps_are_near_the_measured_ones(rows: list[measured.Row]) -> None:
