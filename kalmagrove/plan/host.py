@@ -87,7 +87,8 @@ class HostTimes:
             same = [row for row in alike if row.layout.zero == layout.zero]
             if not same:
                 text = f"host: {self._source} has no {pair[0]} + {pair[1]} with ZeRO {layout.zero}"
-                return _tabled(run)._replace(notes=(f"{text}, taken from an H200's host",))
+                note = f"{text}: the middle of other machines is taken"
+                return _tabled(run)._replace(notes=(note,))
             rows[pair] = max(same, key=lambda row: row.layout.agreeing(layout))
             if rows[pair].layout != layout:
                 notes.append(f"host: of {rows[pair].layout} for {layout}")

@@ -117,9 +117,9 @@ class Prediction:
         longer = sum(part.seconds for part in slower) / self.step_seconds - 1
         if longer > MATTERS:
             yield (
-                "host: the middle of a few H200 machines, which differ by half; one half slower "
-                f"makes this step {longer:.0%} longer. Measure yours with kalmagrove bench host, "
-                "then give host=FILE"
+                "host: the middle of a few H200 and H100 machines, which differ by half; one half "
+                f"slower makes this step {longer:.0%} longer. Measure yours with kalmagrove bench "
+                "host, then give host=FILE"
             )
 
     def tree(self) -> dict[str, Any]:

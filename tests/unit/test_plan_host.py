@@ -111,6 +111,8 @@ def test_without_measurements_kinds_and_zero_are_told_apart() -> None:
     assert HostTimes().cost(experts, 1).passes > 2 * cost.passes
     sharded = HostTimes().cost(run_of("attention=ada", "zero=stage3"), 1).passes
     assert sharded - cost.passes == pytest.approx(30 * 15 * of("host_zero3"))
+    pieces = HostTimes().cost(run_of("attention=ada", "parallel.cp=2"), 2).passes
+    assert pieces - cost.passes == pytest.approx(30 * of("host_cp"))
 
 
 def test_layouts_are_named() -> None:
