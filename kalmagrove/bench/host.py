@@ -130,4 +130,5 @@ def _step(run: Run, groups: Groups, steps: int) -> list[float]:
         before = after
     medians = [statistics.median(column) for column in zip(*taken[WARMUP:], strict=True)]
     slowest = all_reduce_max(torch.tensor(medians, device=groups.device), groups.world)
-    return [float(seconds) for seconds in slowest]
+    seconds: list[float] = slowest.tolist()
+    return seconds

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kalmagrove.cli.arguments import Parser
 from kalmagrove.config import ConfigError
+from kalmagrove.config.errors import writing
 
 if TYPE_CHECKING:
     from kalmagrove.track import History, Spent
@@ -82,7 +83,7 @@ def _export(history: "History", out: Path) -> None:
     from kalmagrove.track.accounts import rows
 
     table = rows(history)
-    try:
+    with writing("--out", out):
         if out.suffix == ".csv":
             with out.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, fieldnames=list(table[0]))
@@ -93,8 +94,6 @@ def _export(history: "History", out: Path) -> None:
             from pyarrow import parquet
 
             parquet.write_table(pyarrow.Table.from_pylist(table), out)
-    except OSError as error:
-        raise ConfigError("--out", out, f"cannot be written ({error.strerror})") from None
     print(f"{out}: {len(table)} rows, {len(table[0])} columns")
 
 

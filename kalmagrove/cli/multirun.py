@@ -1,7 +1,6 @@
 """What the Hydra launchers have in common: the runs of a sweep, and what came of them."""
 
 import importlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from kalmagrove.cli.compose import to_tree
 from kalmagrove.config import BudgetReached, ConfigError, Interrupted, Training
+from kalmagrove.config.files import read_json
 
 CODES = {"budget": BudgetReached.exit_code, "stopped": Interrupted.exit_code}  # by status
 
@@ -52,8 +52,4 @@ def tell(failed: Mapping[Path, str], ran: Sequence[Path], finished: Sequence[Pat
 
 def summary_of(folder: Path) -> Mapping[str, Any]:
     """What the run's `summary.json` says; empty if there is none."""
-    try:
-        found: Mapping[str, Any] = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
+    return read_json(folder / "summary.json") or {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kalmagrove.cli.compose import compose_tree, hydra_app, sweep_points
 from kalmagrove.config import ConfigError, Plan, Run, validate
 from kalmagrove.config.counts import parameter_count
+from kalmagrove.config.errors import writing
 
 if TYPE_CHECKING:
     from kalmagrove.plan import Prediction, Search
@@ -222,10 +223,8 @@ def _write(out: Path, planned: Sequence[Planned]) -> None:
 
     measured = {name: row._asdict() for name, row in TABLE.items()}
     whole = {"models": [_tree(one) for one in planned], "measured": measured}
-    try:
+    with writing("out", out):
         out.write_text(json.dumps(whole, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError("out", out, f"cannot be written ({error.strerror})") from None
 
 
 def _tree(one: Planned) -> dict[str, Any]:

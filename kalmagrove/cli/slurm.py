@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +23,8 @@ import kalmagrove
 from kalmagrove.cli import launch, run_folder
 from kalmagrove.cli.multirun import summary_of
 from kalmagrove.config import ConfigError, KalmaGroveError, Slurm, Training
+from kalmagrove.config.errors import writing
+from kalmagrove.config.files import read_json
 from kalmagrove.config.place import conf_dir
 
 ENDED = {
@@ -62,10 +65,8 @@ class Job:
 
 def recorded(folder: Path) -> Job | None:
     """The job that a run's folder tells of; None: it was never submitted."""
-    try:
-        return Job(folder, json.loads((folder / "slurm" / "job.json").read_text())["job"])
-    except (OSError, ValueError):
-        return None
+    told = read_json(folder / "slurm" / "job.json")
+    return None if told is None else Job(folder, told["job"])
 
 
 def submit(
@@ -333,13 +334,9 @@ def _place(run: Training) -> Path:
     base = Path(run.dir).expanduser().resolve() / "jobs"
     for number in range(1, 1000):
         place = base / f"{datetime.now():%Y-%m-%dT%H-%M-%S}{'' if number == 1 else f'-{number}'}"
-        try:
+        with writing("dir", run.dir), suppress(FileExistsError):
             place.mkdir(parents=True)
             return place
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise ConfigError("dir", run.dir, f"cannot be written ({error.strerror})") from None
     raise ConfigError("dir", run.dir, "has a thousand submissions of this second")
 
 

@@ -12,6 +12,7 @@ from kalmagrove.cli import launch, run_folder, slurm, train
 from kalmagrove.cli.arguments import Parser
 from kalmagrove.cli.compose import Axis, compose_tree, hydra_app, sweep_axes
 from kalmagrove.config import ConfigError, KalmaGroveError, Run, Search, validate
+from kalmagrove.config.errors import writing
 
 LOCK = ".sweep"  # in the study's folder: locked by the process that searches
 OURS = ("name", "hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweeper")
@@ -180,11 +181,9 @@ def _claim(folder: Path) -> int:
     Raises:
         ConfigError: another process searches here, or the folder cannot be written.
     """
-    try:
+    with writing("dir", folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
         lock = run_folder.hold(folder / LOCK)
-    except OSError as error:
-        raise ConfigError("dir", folder.parent, f"cannot be written ({error.strerror})") from None
     if lock is None:
         rule = "is being searched by another process"
         raise ConfigError("study", folder.name, rule, "wait for it, or give another study=NAME")

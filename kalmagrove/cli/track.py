@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kalmagrove.cli.arguments import Parser
 from kalmagrove.cli.compose import read_yaml
 from kalmagrove.config import ConfigError, KalmaGroveError, Track, validate
+from kalmagrove.config.errors import writing
 
 if TYPE_CHECKING:
     from kalmagrove.track import History
@@ -64,8 +65,7 @@ def _sync(runs: list[Path], online: bool, project: str | None, entity: str | Non
         track = validate(Track, config.get("track", {}))
         track = track.model_copy(update={key: value for key, value in given.items() if value})
         lines, summary = history.effective(), summary_of(folder, history)
-        name = next((line["run"] for line in reversed(lines) if "run" in line), folder.name)
-        said = send_run(track, folder, name, lines, without_secrets(config), summary)
+        said = send_run(track, folder, summary["run"], lines, without_secrets(config), summary)
         open_ = " (no end: it goes on, or was killed)" if summary["status"] == "open" else ""
         where = said or f"W&B: sent to the project {track.project}"
         print(f"{folder}: {len(lines)} lines of the ledger{open_}. {where}")
@@ -98,11 +98,9 @@ def _dashboards(project: str, entity: str | None, out: Path | None, push: bool) 
         panels = sum(len(section.panels) for section in page.sections)
         print(f"{page.name}: {len(page.sections)} sections, {panels} panels")
     if out:
-        try:
+        with writing("--out", out):
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(dashboards.as_json(pages) + "\n")
-        except OSError as error:
-            raise ConfigError("--out", out, f"cannot be written ({error.strerror})") from None
         print(f"written to {out}")
     for address in dashboards.push(pages) if push else []:
         print(address)

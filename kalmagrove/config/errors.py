@@ -3,6 +3,8 @@
 Every other package raises these; `kalmagrove.cli` prints them and exits with their code.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -33,6 +35,15 @@ class ConfigError(KalmaGroveError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.key, self.value, self.rule, self.remedy)  # sent between ranks
+
+
+@contextmanager
+def writing(key: str, value: object) -> Iterator[None]:
+    """What the system refuses becomes a ConfigError: KEY=VALUE cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(key, value, f"cannot be written ({error.strerror})") from None
 
 
 class DataError(KalmaGroveError):

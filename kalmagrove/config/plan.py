@@ -17,7 +17,7 @@ class Plan(Run):
     tokens: PositiveInt | None = None  # trained in all; null: 20 for each parameter
     search: bool = True  # false: only the layout that is given
     compare: tuple[str, ...] = ()  # other options of `model`, planned beside this one
-    host: str | None = None  # file of `kalmagrove bench host`; null: the host of our H200s
+    host: str | None = None  # file of `kalmagrove bench host`; null: the middle of those measured
     show: PositiveInt = 8  # layouts listed
     out: str | None = None  # file of the whole plan, JSON; null: none
 

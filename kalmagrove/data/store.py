@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from kalmagrove.config import DataError
 from kalmagrove.config.base import Section
+from kalmagrove.config.files import read_json
 from kalmagrove.data import tokenizer as tokenizers
 from kalmagrove.data.chat import Encoded
 from kalmagrove.data.tokenizer import Tokenizer
@@ -237,7 +238,9 @@ def open_prepared(path: str | Path, *, verify: bool = False) -> Prepared:
     """
     folder = Path(path).expanduser()
     manifest = _read_manifest(folder)
-    _verify(folder, manifest, {} if verify else _read_verified(folder))
+    # None yet, or a note cut short: check again.
+    known = None if verify else read_json(folder / VERIFIED)
+    _verify(folder, manifest, known or {})
     prepared = Prepared(
         path=folder,
         manifest=manifest,
@@ -277,14 +280,6 @@ def _verify(folder: Path, manifest: Manifest, known: Mapping[str, Any]) -> None:
             raise _damaged(folder, f"the content of {name} does not match its checksum")
     if known != verified:
         _write_verified(folder, verified)
-
-
-def _read_verified(folder: Path) -> dict[str, Any]:
-    try:
-        known = json.loads((folder / VERIFIED).read_text())
-    except (OSError, ValueError):  # none yet, or a note cut short: check again
-        return {}
-    return known if isinstance(known, dict) else {}
 
 
 def _write_verified(folder: Path, verified: dict[str, list[int]]) -> None:

@@ -159,7 +159,7 @@ def predicted(run: Run, cluster: Cluster, tokens: int, host: HostTimes | None = 
     """Of this layout.
 
     Args:
-        host: measured where the run will be; None: as on the machine of `efficiency`.
+        host: measured where the run will be; None: as on the machines of `efficiency`.
 
     Raises:
         ConfigError: if the layout does not go over the cluster's GPUs.

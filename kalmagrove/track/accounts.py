@@ -74,15 +74,17 @@ def sessions(history: History) -> list[Session]:
         if groups:
             groups[-1].append(line)
     names = {lines[0].get("attempt") for lines in groups} - {None}
+    after: dict[str | None, Spent] = {}  # their last lines, by the names of starts
+    for part in history.killed:
+        after[part.attempt] = after.get(part.attempt, Spent()) + part.spent
     found, before = [], History(())
     for number, lines in enumerate(groups, start=1):
         upto, first = History((*before.lines, *lines)), History((lines[0],))
         spent = upto.spent - before.spent - first.inherited
         for part in first.killed:
             spent -= part.spent
-        for part in history.killed:
-            if part.attempt in names and part.attempt == lines[0].get("attempt"):
-                spent += part.spent
+        if (own := lines[0].get("attempt")) is not None:
+            spent += after.get(own, Spent())
         killed = number < len(groups)
         found.append(Session(tuple(lines), spent, killed, tuple(_booked(first, names))))
         before = upto

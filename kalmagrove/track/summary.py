@@ -19,7 +19,7 @@ from rich.table import Table
 
 import kalmagrove
 from kalmagrove.config import KalmaGroveError
-from kalmagrove.config.files import replace_text
+from kalmagrove.config.files import read_json, replace_text
 from kalmagrove.track.ledger import History, Line
 
 
@@ -125,12 +125,9 @@ def summary_of(run_dir: Path, history: History) -> dict[str, Any]:
     """
     last = history.lines[-1]
     if last["event"] == "stop":
-        try:
-            written: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
-            if written["device_seconds"] == last["device_seconds"]:
-                return written
-        except (OSError, ValueError, KeyError):
-            pass  # killed while it was written
+        written = read_json(run_dir / "summary.json") or {}  # a kill may have come before it
+        if written.get("device_seconds") == last["device_seconds"]:
+            return written
     status = last["status"] if last["event"] == "stop" else "open"
     run = next((line["run"] for line in reversed(history.lines) if "run" in line), run_dir.name)
     return {"status": status, "run": run, **_figures(history)}

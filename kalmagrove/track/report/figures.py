@@ -41,12 +41,17 @@ Why = Callable[[RunData], str]  # a run is not in a figure
 
 def missing(runs: Sequence[RunData], drawn: set[str], why: Why) -> tuple[str, str]:
     """Why a figure is left out, if no run is drawn; and the note on those that are not."""
-    found: dict[str, list[str]] = {}
-    for run in runs:
-        if run.name not in drawn:
-            found.setdefault(why(run), []).append(run.name)
-    told = "; ".join(f"{', '.join(names)}, as {reason}" for reason, names in found.items())
-    return next(iter(found)) if len(found) == 1 else told, f" Left out: {told}." if found else ""
+    found = [(run.name, why(run)) for run in runs if run.name not in drawn]
+    told, reasons = left_out(found), {reason for _, reason in found}
+    return reasons.pop() if len(reasons) == 1 else told, f" Left out: {told}." if found else ""
+
+
+def left_out(found: Sequence[tuple[str, str]]) -> str:
+    """Names of runs and why each is not drawn, those with one reason together."""
+    names: dict[str, list[str]] = {}
+    for name, reason in found:
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names[reason])}, as {reason}" for reason in names)
 
 
 def no_loss(run: RunData) -> str:

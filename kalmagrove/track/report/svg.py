@@ -130,6 +130,14 @@ def padded(values: Sequence[float], axis: Axis) -> list[float]:
     return [below, above]
 
 
+def upright(values: Sequence[float], y: Axis, height: float) -> tuple[Scale, Axis, float]:
+    """The scale of what is drawn upwards, its axis as it is labelled, and where that stands."""
+    y = replace(y, log=scale(values, y, 0, 1).log)
+    ys = scale(values if y.log else padded(values, y), y, height - BOTTOM, TOP)
+    told = Axis(f"{y.label} (log scale)" if ys.log else y.label, y.text)
+    return ys, told, max(LEFT, 30 + PLAIN * max(len(y.text(tick)) for tick in [0.0, *ys.ticks(5)]))
+
+
 def both(draw: Callable[[int], str]) -> str:
     """What `draw` makes of the page's width, and of half of it for narrow screens."""
     wide, narrow = (
@@ -159,10 +167,7 @@ def line_chart(
     labelled = len(names) > 1
     right = width - (18 + BOLD * max(map(len, names)) if labelled else 20)
     values = [p[1] for p in points] + [value for value, _ in levels]
-    y = replace(y, log=scale(values, y, 0, 1).log)
-    ys = scale(values if y.log else padded(values, y), y, height - BOTTOM, TOP)
-    told = Axis(f"{y.label} (log scale)" if ys.log else y.label, y.text)
-    left = max(LEFT, 30 + PLAIN * max(len(y.text(tick)) for tick in [0.0, *ys.ticks(5)]))
+    ys, told, left = upright(values, y, height)
     xs = scale([p[0] for p in points], x, left, right)
     parts = [frame(xs, ys, x, told)]
     ends = [line.points() for line in series if line.points()]
@@ -315,11 +320,7 @@ def scatter(
         front: its corners, from left to right, falling.
     """
     height = HEIGHTS[width]
-    y = replace(y, log=scale([dot.y for dot in dots], y, 0, 1).log)
-    values = [dot.y for dot in dots]
-    ys = scale(values if y.log else padded(values, y), y, height - BOTTOM, TOP)
-    told = Axis(f"{y.label} (log scale)" if ys.log else y.label, y.text)
-    left = max(LEFT, 30 + PLAIN * max(len(y.text(tick)) for tick in [0.0, *ys.ticks(5)]))
+    ys, told, left = upright([dot.y for dot in dots], y, height)
     places = [dot.x for dot in dots]
     xs = scale(places if scale(places, x, 0, 1).log else padded(places, x), x, left, width - 24)
     parts = [frame(xs, ys, x, told)]

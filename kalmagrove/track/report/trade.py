@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kalmagrove.track.report.figures import legend
+from kalmagrove.track.report.figures import left_out, legend
 from kalmagrove.track.report.looks import STYLE
 from kalmagrove.track.report.markup import Figure, data_table, dollars, escape, exact, number
 from kalmagrove.track.report.source import RunData
@@ -47,7 +47,7 @@ def pareto(outcomes: Sequence[Outcome]) -> list[Outcome]:
 def trade(outcomes: Sequence[Outcome], label: str = "loss (nats a token)") -> Figure:
     """The figure; left out if fewer than two runs tell of both."""
     known = [one for one in outcomes if _known(one)]
-    bare = _left_out(outcomes)
+    bare = left_out([(one.name, _why(one)) for one in outcomes if not _known(one)])
     if len(known) < 2:
         why = "fewer than two runs have a held-out loss and a known price (price=NAME)"
         return Figure("trade", TITLE, absent=f"{why}; {bare}" if known else why)
@@ -80,19 +80,13 @@ def trade(outcomes: Sequence[Outcome], label: str = "loss (nats a token)") -> Fi
     )
 
 
-def _left_out(outcomes: Sequence[Outcome]) -> str:
-    """The runs that are not drawn, with the reasons."""
-    found: dict[str, list[str]] = {}
-    for one in outcomes:
-        if _known(one):
-            continue
-        why = "its held-out loss is not finite"
-        if one.usd is None:
-            why = "the price is unknown"
-        elif one.loss is None:
-            why = "there is no held-out loss yet"
-        found.setdefault(why, []).append(one.name)
-    return "; ".join(f"{', '.join(names)}, as {why}" for why, names in found.items())
+def _why(one: Outcome) -> str:
+    """It is not drawn."""
+    if one.usd is None:
+        return "the price is unknown"
+    if one.loss is None:
+        return "there is no held-out loss yet"
+    return "its held-out loss is not finite"
 
 
 def outcome(run: RunData) -> Outcome:

@@ -15,9 +15,12 @@ def test_no_layout_of_that_name() -> None:
         main(["--only", "xp 7", "launch.nproc=1"])
 
 
-@pytest.mark.parametrize("words", [["--steps", "0"], ["--steps", "few"], ["--out"]])
-def test_mistakes_are_one_line(words: list[str]) -> None:
-    with pytest.raises((ConfigError, UsageError)):
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [(["--steps", "0"], ConfigError), (["--steps", "few"], UsageError), (["--out"], UsageError)],
+)
+def test_mistakes_are_one_line(words: list[str], error: type[KalmaGroveError]) -> None:
+    with pytest.raises(error):
         main(words)
 
 
