@@ -95,6 +95,18 @@ def ranks(folder: Path) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.environ()["SLURM_PROCID"])
 
 
+def hang_in_a_step(folder: Path, step: int) -> None:
+    """Suspend the second rank once it has done `step`: not in a save, which may take long."""
+    until(lambda: begun(folder, step), "it trains again")
+    rank = ranks(folder)[1]
+    rank.suspend()
+    time.sleep(1)  # the other goes on until it waits for this one
+    reached = max(losses(folder))
+    if reached % 8 == 0:
+        rank.resume()
+        hang_in_a_step(folder, reached + 1)
+
+
 def lost(folder: Path) -> list[int]:
     """Steps that each session found to be lost."""
     first = [line for line in lines(folder) if line["event"] in ("start", "resume")]
@@ -166,8 +178,7 @@ def test_a_rank_is_killed_and_then_one_hangs(
     ranks(folder)[1].kill()
     until(lambda: len(lost(folder)) == 2, "another try")
     after = max(losses(folder))
-    until(lambda: begun(folder, after + 2), "it trains again")
-    ranks(folder)[1].suspend()
+    hang_in_a_step(folder, after + 2)
     done = follow(folder, slurm)
     assert done.returncode == 0, done.stdout + done.stderr
     log = (folder / "slurm" / "batch.log").read_text()
